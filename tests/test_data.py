@@ -733,6 +733,13 @@ TEXT_ROW = b'{"text": "a"}\n'
         ("data.json", b'{\n "text" "a"\n}', {}, ["JSON", "line 2", "one whole object a line"]),
         ("data.jsonl", b'{\n "text": "a"\n}', {}, ["JSON", "line 1", "one whole object a line"]),
         ("data.json", b'[{"text": "a"},\n{"text" 1}]', {}, ["JSON", "line 2, column 9"]),
+        (
+            "data.jsonl",
+            TEXT_ROW + b'{"text": "a", "text": "b"}',
+            {},
+            ["the key 'text' twice in an object", "in line 2"],
+        ),
+        ("data.json", b'[{"messages": [{"role": "user", "role": "user"}]}]', {}, ["the key 'role' twice", "in line 1"]),
         ("data.jsonl", TEXT_ROW + b'"a"\n', {}, ["JSON object in row 2", "the text 'a'"]),
         ("data.jsonl", b'{"text": "\xfc"}', {}, ["UTF-8", "0xfc", "Save the file as UTF-8"]),
         ("data.txt", b"gr\xfc\xdfe", {}, ["UTF-8", "0xfc"]),

@@ -337,7 +337,10 @@ def test_a_folder_for_results_that_cannot_be_written_is_known_before_they_are_me
         (["--length", "0"], "--length: expected whole numbers"),
         (["--length", "65"], "expected at most 64, the student's number of positions"),
         (["--batch-size", "a,b"], "--batch-size: expected whole numbers"),
-        (["--max-length", "100"], "--max-length: expected at most 64"),
+        (
+            ["--max-length", "100"],
+            "--max-length: expected at most 64, the student's number of positions, got 100. Use --max-length 64.",
+        ),
         (["--data", "nowhere.jsonl"], "nowhere"),
         (["--teacher", "./nowhere"], "--teacher: expected a folder"),
         (["--out", "no/such/folder/a.json"], "--out: expected a file in an existing folder"),

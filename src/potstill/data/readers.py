@@ -210,11 +210,19 @@ def _rows_within(document: Any) -> list[Any] | None:
 
 def _parse_json(text: bytes, encoding: str) -> Any:
     try:
-        return json.loads(text.decode(encoding).rstrip())
+        return json.loads(text.decode(encoding).rstrip(), object_pairs_hook=_object)
     except RecursionError:
         return ValueError("a value that is nested too deeply")
     except ValueError as error:
         return error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:40]!r} twice in an object")
+    return value
 
 
 def _open_json(path: Path, limit: int | None) -> Table:
@@ -437,14 +445,6 @@ TEXT_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".txt")  # that may be compress
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 MOST_BYTES, MOST_EXPANSION = 1 << 28, 200  # of a decompressed file: the larger one; texts have a tenth of the factor
 SUFFIXES = (*JSON_SUFFIXES, *_READERS)
-ROWS_KEYS = {
-    "data",
-    "rows",
-    "train",
-    "examples",
-    "instances",
-    "items",
-    "records",
-    "samples",
-}  # usual names of a list of all rows
+# usual names of a list of all rows
+ROWS_KEYS = {"data", "rows", "train", "examples", "instances", "items", "records", "samples"}
 READ_BY_ROW = ("system", "system_prompt", "tools", "functions", "documents", "context", "instruction", "prompt")

@@ -285,4 +285,7 @@ def _check_lengths(models: Mapping[str, PreTrainedModel], longest: Mapping[str, 
         most = (max_positions(model) or math.inf) - virtual_tokens(model)
         for option, length in longest.items():
             if length > most:
-                raise UserError(f"{option}: expected at most {most}, the {name}'s number of positions, got {length}.")
+                raise UserError(
+                    f"{option}: expected at most {most}, the {name}'s number of positions, got {length}. Use "
+                    f"{option} {most}."
+                )
