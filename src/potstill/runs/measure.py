@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,22 @@ SAMPLES = 4  # on-policy samples in the report
 Models = Mapping[str, PreTrainedModel]  # by teacher, baseline and student
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of the models of a run."""
+
+    models: Models
+    rows: Dataset  # held-out ones
+    bytes: int  # of their text, where tokens are learned
+    quality: Mapping[str, Any]
+    teacher_loss: float | None  # of a teacher without a model here too, where it is known
+    whole: Mapping[str, Any] | None  # of the teacher with all its tokens, where some are cut
+    curve: records.CurveFacts
+    continuations: list[records.Continuation]
+    latency: Mapping[str, Latency]
+    bounded: Mapping[str, tuple[int, int]]  # numbers of what was measured, and of all
+
+
 def summarize(
     built: BuiltRun, students: Mapping[str, Path], directory: Path, console: Console | None = None
 ) -> records.Summary:
@@ -52,89 +68,104 @@ def summarize(
     The recipe's evaluate.time_limit bounds it: a part whose time is over measures fewer rows, passes or prompts, and a
     note of the summary says so.
     """
-    console = console or Console(quiet=True)
-    recipe, task, train, held_out = built.recipe, built.recipe.task, built.train, built.eval
-    of_tokens, limit = task in TOKEN_TASKS, TimeLimit(recipe.evaluate.time_limit)
+    recipe = built.recipe
     checkpoint = last_checkpoint(directory / "checkpoints" / "student")
     if checkpoint is not None and not built.teacher.of_student:
         restore_teacher(built.teacher, checkpoint)
-    with part(console, "reading the saved models"):
-        models = _load_models(built, students)
-    teacher, trained = models.get("teacher"), {name: models[name] for name in students}
-    with PartProgress(console, "held-out rows") as progress:
-        quality, measured = _measure(built, teacher, trained, held_out.dataset, limit.share(0.5), progress)
-    teacher_loss = _teacher_loss(built, measured) if teacher is None else quality["teacher"].loss
-    whole = None
-    if recipe.student.vocabulary is not None and teacher is not None and task == "causal":
-        with PartProgress(console, "held-out rows of the whole teacher") as progress:
-            length = held_out.max_length
-            whole = measure_whole_teacher(recipe, len(measured), length, limit.share(0.5), progress.update)
-    curve_loss, curve_rows = teacher_loss, measured
-    if len(built.curve) < len(measured) or len(measured) < len(held_out.dataset):
-        with PartProgress(console, "rows of the curves") as progress:
-            curve_loss, curve_rows = _curve_loss(built, teacher, limit.share(0.5), progress)
-    number = min(recipe.evaluate.continuations, len(held_out.dataset)) if task == "causal" else 0
-    with PartProgress(console, "continuations").start(total=number) as progress:
-        continuations = _continuations(built, models, limit.share(0.5), progress) if number else []
-    with part(console, "latency"):
-        latency = latencies(_in_teachers_precision(models), recipe.data.max_length, limit=limit)
-    bounded = {
-        "held-out rows": (len(measured), len(held_out.dataset)),
-        "rows for the teacher's line in the curves": (len(curve_rows), len(built.curve)),
-        "passes for the latency": (min(times.passes for times in latency.values()), PASSES),
-        "continuations": (progress.done, number),
-    }
-    closed = error = None
-    if "baseline" in students and of_tokens:
-        error = quality["baseline"].difference_errors.get("student")
-    if "baseline" in students and teacher_loss is not None:
-        closed = gap_closed(teacher_loss, quality["baseline"].loss, quality["student"].loss)
-    positions = None
-    if teacher is not None and task == "causal":  # models with masks see both sides of every position
-        kl = {name: quality[name].kl_by_position for name in students}
-        positions = records.PositionKL(edges=quality["student"].position_edges, **kl)
+    of = _measure_all(built, students, console or Console(quiet=True))
     metrics = logged_lines(directory / "metrics.jsonl")
     stats = next((line for line in reversed(metrics) if "own_length" in line), None)
-    size = text_bytes(measured, built.tokenizer) if of_tokens else 0
-    bytes_per_token = size / max(1, quality["student"].tokens) if size else None
-    steps, seconds = built.plan.steps, {name: seconds_of(metrics, name) for name in students}
-    step_tokens = round(train.tokens / len(train.dataset) * built.plan.rows_per_step) if of_tokens else None
     return records.Summary(
         name=recipe.name,
         seed=recipe.seed,
-        task=task,
+        task=recipe.task,
         created=datetime.now(UTC).replace(microsecond=0),
-        rows=_scores(built, models, students, quality, teacher_loss, measured, latency, whole, size),
-        gap_closed=closed,
-        gain_error=error,
-        curve=records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss),
-        kl_by_position=positions,
-        continuations=continuations,
-        latency={name: records.LatencyFacts(**asdict(times)) for name, times in latency.items()},
+        rows=_scores(built, students, of),
+        **_gain(built, of),
+        curve=of.curve,
+        kl_by_position=_kl_by_position(built, students, of),
+        continuations=of.continuations,
+        latency={name: records.LatencyFacts(**asdict(times)) for name, times in of.latency.items()},
         own_texts=[records.Sample(**sample) for sample in _spread(logged_lines(directory / "own_texts.jsonl"))],
         own_text=None if stats is None else records.SampleFacts(**stats),
-        data=_data_facts(built, len(measured), bytes_per_token),
-        training=records.TrainingFacts(
-            steps=steps, tokens_per_step=step_tokens, seconds=seconds, flops=training_flops(built, models["student"])
-        ),
+        data=_data_facts(built, of),
+        training=_training_facts(built, {name: seconds_of(metrics, name) for name in students}, of),
         objective="; ".join(term.describe() for term in recipe.objective),
         models={"teacher": recipe.teacher.describe(built.teacher), "student": recipe.student.describe()},
-        adapter=_adapter_facts(built, students["student"], models["student"]),
+        adapter=_adapter_facts(built, students["student"], of.models["student"]),
         teacher_weights=built.teacher.member_weights,
         notes=[
             *built.duplicates.warnings,
             *built.notes,
             *collapse_notes(metrics),
-            *_limit_notes(bounded, recipe.evaluate.time_limit),
+            *_limit_notes(of.bounded, recipe.evaluate.time_limit),
         ],
         versions=versions(),
     )
 
 
-def _data_facts(built: BuiltRun, measured: int, bytes_per_token: float | None) -> records.DataFacts:
+def _measure_all(built: BuiltRun, students: Mapping[str, Path], console: Console) -> _Measured:
+    recipe, held_out = built.recipe, built.eval
+    limit = TimeLimit(recipe.evaluate.time_limit)
+    with part(console, "reading the saved models"):
+        models = _load_models(built, students)
+    teacher, trained = models.get("teacher"), {name: models[name] for name in students}
+    with PartProgress(console, "held-out rows") as progress:
+        quality, rows = _measure(built, teacher, trained, held_out.dataset, limit.share(0.5), progress)
+    size = text_bytes(rows, built.tokenizer) if recipe.task in TOKEN_TASKS else 0
+    teacher_loss = _teacher_loss(built, rows) if teacher is None else quality["teacher"].loss
+    whole = None
+    if recipe.student.vocabulary is not None and teacher is not None and recipe.task == "causal":
+        with PartProgress(console, "held-out rows of the whole teacher") as progress:
+            whole = measure_whole_teacher(recipe, len(rows), held_out.max_length, limit.share(0.5), progress.update)
+    curve_loss, curve_rows = teacher_loss, rows
+    if len(built.curve) < len(rows) or len(rows) < len(held_out.dataset):
+        with PartProgress(console, "rows of the curves") as progress:
+            curve_loss, curve_rows = _curve_loss(built, teacher, limit.share(0.5), progress)
+    number = min(recipe.evaluate.continuations, len(held_out.dataset)) if recipe.task == "causal" else 0
+    with PartProgress(console, "continuations").start(total=number) as progress:
+        continuations = _continuations(built, models, limit.share(0.5), progress) if number else []
+    with part(console, "latency"):
+        latency = latencies(_in_teachers_precision(models), recipe.data.max_length, limit=limit)
+    bounded = {
+        "held-out rows": (len(rows), len(held_out.dataset)),
+        "rows for the teacher's line in the curves": (len(curve_rows), len(built.curve)),
+        "passes for the latency": (min(times.passes for times in latency.values()), PASSES),
+        "continuations": (progress.done, number),
+    }
+    curve = records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss)
+    return _Measured(models, rows, size, quality, teacher_loss, whole, curve, continuations, latency, bounded)
+
+
+def _gain(built: BuiltRun, of: _Measured) -> dict[str, Any]:
+    """How far the student is ahead of its baseline, on the way to the teacher, with the standard error."""
+    baseline, closed, error = of.quality.get("baseline"), None, None
+    if baseline is not None and of.teacher_loss is not None:
+        closed = gap_closed(of.teacher_loss, baseline.loss, of.quality["student"].loss)
+    if baseline is not None and built.recipe.task in TOKEN_TASKS:
+        error = baseline.difference_errors.get("student")
+    return {"gap_closed": closed, "gain_error": error}
+
+
+def _kl_by_position(built: BuiltRun, students: Mapping[str, Path], of: _Measured) -> records.PositionKL | None:
+    if "teacher" not in of.models or built.recipe.task != "causal":  # masks let models see both sides of a position
+        return None
+    kl = {name: of.quality[name].kl_by_position for name in students}
+    return records.PositionKL(edges=of.quality["student"].position_edges, **kl)
+
+
+def _training_facts(built: BuiltRun, seconds: dict[str, float], of: _Measured) -> records.TrainingFacts:
+    step_tokens = None
+    if built.recipe.task in TOKEN_TASKS:
+        step_tokens = round(built.train.tokens / len(built.train.dataset) * built.plan.rows_per_step)
+    flops = training_flops(built, of.models["student"])
+    return records.TrainingFacts(steps=built.plan.steps, tokens_per_step=step_tokens, seconds=seconds, flops=flops)
+
+
+def _data_facts(built: BuiltRun, of: _Measured) -> records.DataFacts:
     data, of_tokens = built.recipe.data, built.recipe.task in TOKEN_TASKS
-    facts: dict[str, Any] = {"eval_in_train": built.duplicates.share, "eval_measured": measured}
-    facts["eval_bytes_per_token"] = bytes_per_token
+    facts: dict[str, Any] = {"eval_in_train": built.duplicates.share, "eval_measured": len(of.rows)}
+    facts["eval_bytes_per_token"] = of.bytes / max(1, of.quality["student"].tokens) if of.bytes else None
     for name, sources, examples in (("train", data.train, built.train), ("eval", data.eval, built.eval)):
         facts[name] = ", ".join(str(source.path) for source in in_parts(sources))
         facts[f"{name}_examples"] = len(examples.dataset)
@@ -216,17 +247,8 @@ def _teacher_loss(built: BuiltRun, dataset: Dataset) -> float | None:
     return total / max(tokens, 1)
 
 
-def _scores(
-    built: BuiltRun,
-    models: Models,
-    students: Mapping[str, Path],
-    quality: Mapping[str, Any],
-    teacher_loss: float | None,
-    measured: Dataset,
-    latency: Mapping[str, Latency],
-    whole: Mapping[str, Any] | None,
-    size: int,
-) -> records.ScoresByModel:
+def _scores(built: BuiltRun, students: Mapping[str, Path], of: _Measured) -> records.ScoresByModel:
+    models, quality = of.models, of.quality
     folders = {"teacher": Path(str(built.recipe.teacher.model_path)), **students}
     rows: dict[str, dict[str, Any]] = {}
     counts = {name: parameter_count(model) for name, model in models.items()}
@@ -236,24 +258,24 @@ def _scores(
         rows[name] |= {"parameters": counts[name].all, "bytes": bytes_on_disk(folders[name], model)}
         rows[name] |= {"active_parameters": counts[name].active} if has_experts else {}
         rows[name]["saved_as"] = describe_precision(folders[name])
-        rows[name]["latency_ms"] = latency[name].median_ms
+        rows[name]["latency_ms"] = of.latency[name].median_ms
     if built.recipe.student.vocabulary is not None and "teacher" in models:  # it is smaller than on the disk
         dtype = saved_dtype(folders["teacher"]) or models["teacher"].dtype
         rows["teacher"]["bytes"] = rows["teacher"]["parameters"] * dtype.itemsize
-    if "teacher" not in models and teacher_loss is not None:
-        rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": teacher_loss}
+    if "teacher" not in models and of.teacher_loss is not None:
+        rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": of.teacher_loss}
         if (teacher := built.loaded.model) is not None:  # its tokenizer differs, its size is known
             rows["teacher"]["parameters"] = teacher.num_parameters()
             rows["teacher"]["bytes"] = weight_bytes(folders["teacher"]) or teacher.get_memory_footprint()
-    if (text := built.teacher.alignment_stats(measured)) is not None:
+    if (text := built.teacher.alignment_stats(of.rows)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / max(1, text.bytes) / math.log(2)
-    if whole is not None:  # the text is the same: its loss is divided by the tokens of the others
+    if of.whole is not None:  # the text is the same: its loss is divided by the tokens of the others
         # Rows of a rehearsal may be the end token alone.
-        nats = math.log(2) * max(1, size) / max(1, quality["student"].tokens)
+        nats = math.log(2) * max(1, of.bytes) / max(1, quality["student"].tokens)
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] / nats
-        rows["whole_teacher"] = dict.fromkeys(rows["student"]) | {**whole, "loss": whole["bits_per_byte"] * nats}
+        rows["whole_teacher"] = dict.fromkeys(rows["student"]) | {**of.whole, "loss": of.whole["bits_per_byte"] * nats}
     return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
 
 
