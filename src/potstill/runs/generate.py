@@ -248,21 +248,11 @@ def _ray_worker(recipe: GenerateRecipe) -> RowFunction:
 def _write_files(
     recipe: GenerateRecipe, directory: Path, plan: GenerationPlan, judged: list[GeneratedText], notes: list[str]
 ) -> Generated:
-    row_format = plan.reader.row_format
-    passed = [text for text in judged if text.dropped is None]
-    result = apply_filters([_pair(text) for text in passed], recipe.filter.filters())
-    dropped = [(text, *text.dropped) for text in judged if text.dropped is not None]
-    dropped += [(passed[drop.row], drop.filter, drop.reason) for drop in result.dropped]
-    kept = [passed[i] for i in result.kept]
-    task, sampling = recipe.task, recipe.sampling.model_dump()
+    kept, dropped = _filter(recipe, judged)
+    row_format, task, sampling = plan.reader.row_format, recipe.task, recipe.sampling.model_dump()
     # The run's seed is in the card; a row has that of its batch.
     provenance = {"teacher": recipe.teacher.name, "sampling": sampling}
     rows = [row for text in kept for row in rows_of(text, row_format, task.target, provenance, task.task_weights)]
-    dropped_rows = [
-        {**row, "dropped": {"filter": name, "reason": reason}}
-        for text, name, reason in dropped
-        for row in rows_of(text, row_format, "chain", provenance)
-    ]
     held_out = _held_out(kept, recipe.held_out)
     path, eval_path = (directory / f"{split}.{recipe.format}" for split in ("train", "eval"))
     splits = {path: [row for row in rows if row["provenance"]["row"] not in held_out]}
@@ -270,23 +260,26 @@ def _write_files(
         splits[eval_path] = [row for row in rows if row["provenance"]["row"] in held_out]
     for file, rows_of_split in splits.items():
         write_rows(file, rows_of_split)
+    dropped_rows = [
+        {**row, "dropped": {"filter": name, "reason": reason}}
+        for text, name, reason in dropped
+        for row in rows_of(text, row_format, "chain", provenance)
+    ]
     write_rows(directory / f"dropped.{recipe.format}", dropped_rows)
-    stages = {"asked": plan.requests, "texts": judged, "dropped": dropped, "texts kept": kept, "rows": rows}
-    counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
-    templates = ", ".join(dict.fromkeys(request.template for request in plan.requests))
-    facts = {"teacher": recipe.teacher.name, "task": task.name, "templates": templates}
-    by_ids = sum(WRITTEN_COLUMNS[0] in row for row in rows)
-    if by_ids:
-        notes.append(f"{by_ids} of {len(rows)} rows keep their token ids: their text would be encoded as others.")
     by_filter = dict(Counter(name for _, name, _ in dropped))
-    empty = [file.name for file, rows_of_split in splits.items() if not rows_of_split]
-    if empty:
+    if by_ids := sum(WRITTEN_COLUMNS[0] in row for row in rows):
+        notes.append(f"{by_ids} of {len(rows)} rows keep their token ids: their text would be encoded as others.")
+    if empty := [file.name for file, rows_of_split in splits.items() if not rows_of_split]:
         reasons = ", ".join(f"{name} {count:,}" for name, count in by_filter.items()) or "nothing"
         notes.append(
             f"{' and '.join(empty)} without rows: no run can read that. Of {len(judged):,} texts were dropped: "
             f"{reasons}. dropped.{recipe.format} has each with its reason; change filter and go on with --resume, or "
             "ask for more texts."
         )
+    stages = {"asked": plan.requests, "texts": judged, "dropped": dropped, "texts kept": kept, "rows": rows}
+    counts = {name: len(items) for name, items in stages.items()}  # type: ignore[arg-type]  # lists of several types
+    templates = ", ".join(dict.fromkeys(request.template for request in plan.requests))
+    facts = {"teacher": recipe.teacher.name, "task": task.name, "templates": templates}
     write_card(
         directory / "README.md",
         name=recipe.name,
@@ -298,6 +291,17 @@ def _write_files(
         bad=plan.unusable,
     )
     return Generated(directory, path, eval_path if recipe.held_out else None, counts, by_filter, notes)
+
+
+def _filter(
+    recipe: GenerateRecipe, judged: list[GeneratedText]
+) -> tuple[list[GeneratedText], list[tuple[GeneratedText, str, str]]]:
+    """The texts that are kept, and those that are dropped, each with the filter and its reason."""
+    passed = [text for text in judged if text.dropped is None]
+    result = apply_filters([_pair(text) for text in passed], recipe.filter.filters())
+    dropped = [(text, *text.dropped) for text in judged if text.dropped is not None]
+    dropped += [(passed[drop.row], drop.filter, drop.reason) for drop in result.dropped]
+    return [passed[i] for i in result.kept], dropped
 
 
 def _held_out(kept: Sequence[GeneratedText], share: float) -> set[int]:
