@@ -129,8 +129,12 @@ def gguf_kind(path: Path) -> str:
                 "in a folder of both, and evaluate that."
             )
         name = "" if field is None else gguf.LlamaFileType(field.contents()).name
-    except (ValueError, OSError) as error:
-        raise UserError(f"student: expected a GGUF file, got {path}: {one_line(error)}.") from None
+    except UserError:
+        raise
+    except Exception as error:  # the package reads a damaged header as it is
+        raise UserError(
+            f"student: expected a GGUF file, got {path}: {one_line(error, 200)}. It is damaged, or of another format."
+        ) from None
     return name.lower().removeprefix("mostly_").removeprefix("all_")
 
 
