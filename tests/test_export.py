@@ -309,10 +309,13 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def test_what_gguf_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
+    from test_export_gguf import make
+
     with pytest.raises(ModelError, match=r"expected for GGUF one of llama, mistral, .*, got gpt_neox"):
         gguf_family(GPTNeoXConfig())
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("llama", {"hidden_act": "relu"}, "llama with the activation silu, got relu"),
+        ("gemma", {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "activation gelu_pytorch_tanh"),
         (
             "phi3",
             {"hidden_size": 32, "num_attention_heads": 3, "head_dim": 8},
@@ -328,6 +331,8 @@ def test_what_gguf_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
             gguf_family(config)
     with pytest.raises(ModelError, match="a byte-level BPE or a SentencePiece BPE with bytes, got WordLevel"):
         write_gguf(make_llama(), words(), tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match=r"qwen3 without biases, got model\.layers\.0\.self_attn\.q_proj\.bias"):
+        write_gguf(make("qwen3", attention_bias=True), make_tokenizer(), tmp_path / "model.gguf")
     with pytest.raises(ModelError, match="embeddings of all 300 tokens, got 200"):
         write_gguf(make_llama(200), make_tokenizer(), tmp_path / "model.gguf")
     large = make_llama()
