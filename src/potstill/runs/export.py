@@ -31,7 +31,7 @@ from potstill.models.adapted import is_adapted, merged
 from potstill.models.chat import end_token_ids
 from potstill.models.checksums import digest
 from potstill.models.heads import class_ids, match_heads
-from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.models.loading import is_adapter, load_model, load_tokenizer, suppress_warnings
 from potstill.models.trimming import trim_model
 from potstill.runs.config.document import read
 from potstill.runs.config.embedding import EmbeddingRecipe
@@ -331,9 +331,10 @@ def _recipe_of(folder: Path) -> Recipe | EmbeddingRecipe | None:
 
 
 def _check_inputs(folder: Path, recipe: Recipe | EmbeddingRecipe) -> None:
-    """Refuse other held-out rows, or another teacher, than those that the report of a run is about."""
+    """Refuse other held-out rows, another teacher or another base of an adapter than the run had."""
     read: Any = {"data": {"eval"} if recipe.data.eval is not None else {"train"}}
     read |= {"teacher": True} if isinstance(recipe, Recipe) else {}
+    read |= {"student": {"model"}} if is_adapter(str(folder / STUDENT)) else {}
     named = recipe.model_dump(mode="json", include=read)
     if changed := changed_inputs(folder, named):
         raise UserError(
