@@ -127,6 +127,7 @@ def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> N
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(99))
     for name, options, message in (
         (alone, ["--generations", "2"], "--generations, .*: expected none of them with exported files"),
+        (alone, ["--label", "text"], "--label, .*: expected none of them with exported files"),
         (tmp_path / "broken.gguf", [], "student: expected .*broken.gguf"),
     ):
         result = CliRunner().invoke(app, ["evaluate", str(name), *arguments[:6], *options])

@@ -209,7 +209,7 @@ def test_recipes_export_adapters(recipe_values: dict[str, Any], toys: Path, stud
         with pytest.raises(RecipeError, match=message):
             Recipe.parse({**values, "student": wrong})
     Recipe.parse({**values, "student": {"model": str(student)}})
-    base = Path(shutil.copytree(toys / "student", Path(values["output"]).parent / "base"))
+    base = Path(shutil.copytree(toys / "student", Path(values["output"]).parent / "its-base"))
     values["student"] = {"model": str(base), "adapter": {"kind": "lora", "rank": 2}}
     directory = quiet_run(values).directory
     records = read_exports(directory / "export")
@@ -219,5 +219,5 @@ def test_recipes_export_adapters(recipe_values: dict[str, Any], toys: Path, stud
         assert file.kl is not None and file.kl < 1e-4 and file.teacher_kl is not None
     assert "student-gguf-adapter-f16" in (directory / "report.html").read_text(encoding="utf-8")
     make_llama(hidden_size=8, layers=1, seed=4).save_pretrained(base)
-    with pytest.raises(UserError, match=r"export: expected .*base as it was when the run in .* began, got another"):
+    with pytest.raises(UserError, match=r"export: expected .*its-base as it was when the run in .* began, got another"):
         export(directory)

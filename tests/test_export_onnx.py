@@ -155,6 +155,14 @@ def test_a_graph_is_measured_on_tokens_of_its_own_tokenizer(
         evaluate_files([graph], Source(str(toys / "eval.jsonl")), max_length=32, tokens=100)
 
 
+def test_a_damaged_config_of_a_graph_is_one_line(exported: tuple[Path, Exports], toys: Path, tmp_path: Path) -> None:
+    graph = Path(shutil.copytree(exported[0] / "export/student-onnx-int8", tmp_path / "graph"))
+    for damaged in ("{", '{"model_type": "ll!ma"}'):
+        (graph / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"student: expected "):
+            evaluate_files([graph], Source(str(toys / "eval.jsonl")), max_length=32, tokens=100)
+
+
 def test_exported_files_are_found(tmp_path: Path) -> None:
     for name in ("a.gguf", "b/model.onnx", "c/model.safetensors", "c/model.onnx", "d.partial/model.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

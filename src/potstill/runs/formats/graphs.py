@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.errors import RunError, UserError
 from potstill.evaluate.exported import ExportedFile
 from potstill.evaluate.speed import extra_bytes
 from potstill.losses.embedding import similarity_error
 from potstill.models.chat import end_token_ids
-from potstill.models.loading import load_tokenizer
+from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.shapes import position_limit
 from potstill.runs.formats.loaded import LoadedFile
 from potstill.runs.formats.measure import (
@@ -82,7 +82,7 @@ class CausalGraph(LoadedFile):
                 f"{', '.join([*graph.inputs][:3])}. Other models are measured by potstill export alone."
             )
         self.num_tokens = int(graph.outputs["logits"][-1])
-        self.context_length = position_limit(AutoConfig.from_pretrained(folder)) or _UNLIMITED
+        self.context_length = position_limit(load_config(str(folder), "student")) or _UNLIMITED
         self._cache: dict[str, Any] = {}
 
     def close(self) -> None:
