@@ -87,4 +87,5 @@ def _end_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase, student: An
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if plain := sorted(ends - own - special):
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(plain)))
-        yield f"llama.cpp ends a text at {names}, which does not end the student's. Give it an end token."
+        advice = "It takes that for an end by its name." if own else "Give the student an end token."
+        yield f"llama.cpp ends a text at {names}, which does not end the student's. {advice}"
