@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,12 @@ from potstill.evaluate.held_out import text_bytes
 from potstill.evaluate.quality import compare
 from potstill.evaluate.speed import extra_bytes, speed
 from potstill.evaluate.time_limit import TimeLimit
+from potstill.models.adapted import save_adapter
+from potstill.models.adapters import Lora, adapt
+from potstill.models.loading import load_model
 from potstill.runs.evaluate import EvaluationOptions
 from potstill.runs.evaluate import evaluate as measure
+from potstill.runs.finished_parts import fingerprint
 from reference_across import byte_level
 
 
@@ -261,6 +266,14 @@ def test_finished_parts_are_kept_and_used_again(toys: Path, tmp_path: Path, monk
     assert done.exit_code == 0, (done.output, done.exception)
     assert json.loads(out.read_text())["models"]["student"]["quality"] == quality[0]["student"]
     assert not parts.exists()
+
+
+def test_finished_parts_of_an_adapter_are_of_one_base(toys: Path, tmp_path: Path) -> None:
+    shutil.copytree(toys / "student", tmp_path / "base")
+    save_adapter(adapt(load_model(str(tmp_path / "base"), "student"), Lora(rank=2)), tmp_path / "adapter")
+    before = fingerprint(str(tmp_path / "adapter"))
+    make_llama(hidden_size=8, layers=1, seed=9).save_pretrained(tmp_path / "base")
+    assert fingerprint(str(tmp_path / "adapter")) != before
 
 
 def test_a_missing_library_is_found_before_anything_is_measured(

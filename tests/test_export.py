@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -33,10 +33,10 @@ from potstill.models.loading import load_model
 from potstill.runs import export as runs_export
 from potstill.runs.config.run import Recipe
 from potstill.runs.export import evaluate_files, export
-from potstill.runs.formats import gguf_file, llama_cpp, measure
+from potstill.runs.formats import gguf_check, gguf_file, llama_cpp, measure
 from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
-from potstill.runs.formats.llama_cpp import LlamaCpp
+from potstill.runs.formats.llama_cpp import LlamaCpp, check_survives
 from potstill.runs.formats.loaded import LoadedFile
 from potstill.runs.formats.table import FORMATS
 from test_quantize import weights_of
@@ -127,6 +127,7 @@ def test_files_are_evaluated_alone(model: Path, toys: Path, tmp_path: Path) -> N
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(99))
     for name, options, message in (
         (alone, ["--generations", "2"], "--generations, .*: expected none of them with exported files"),
+        (alone, ["--label", "text"], "--label, .*: expected none of them with exported files"),
         (tmp_path / "broken.gguf", [], "student: expected .*broken.gguf"),
     ):
         result = CliRunner().invoke(app, ["evaluate", str(name), *arguments[:6], *options])
@@ -158,7 +159,75 @@ def test_files_of_another_student_or_on_other_rows_are_no_longer_listed(model: P
         (file,) = export(model, quantize=(kind,), **options, tokens=tokens, console=console).files
         assert (file.kind, file.kl is not None and file.kl < 1e-2) == (kind, True)
         left = "student-f16.gguf" if kind == "q8_0" else "student-q8_0.gguf"
-        assert f"{left}: of another student, or measured on other rows, and no longer" in console.export_text()
+        assert f"{left}: of another student, measured on other rows, or changed, and no longer" in console.export_text()
+
+
+def test_files_are_listed_for_the_student_that_they_are_of_without_rows_too(model: Path) -> None:
+    export(model, quantize="f32")
+    make_llama(hidden_size=8, layers=1, seed=5).save_pretrained(model)
+    output = io.StringIO()
+    assert [file.kind for file in export(model, quantize="q8_0", console=Console(file=output)).files] == ["q8_0"]
+    assert "student-f32.gguf: of another student" in output.getvalue()
+    with (model / "export" / "student-q8_0.gguf").open("ab") as file:
+        file.write(bytes(32))
+    assert [file.kind for file in export(model, quantize="f16").files] == ["f16"], "its figures are of another file"
+
+
+def test_a_text_ends_at_no_plain_token(tmp_path: Path) -> None:
+    student = make_llama()
+    student.generation_config.eos_token_id = student.config.eos_token_id = None
+    for name, special, ends in (("pad", {"pad_token": "<pad>"}, {1}), ("none", {"extra": ""}, {11})):
+        tokenizer = make_tokenizer(pad_token="<pad>")
+        tokenizer.pad_token = special.get("pad_token")
+        write_gguf(student, tokenizer, tmp_path / f"{name}.gguf", "q8_0")
+        file = gguf_check.measure_gguf(tmp_path / f"{name}.gguf", "q8_0", measure.Bench(tokenizer, None, student))
+        with LlamaCpp(tmp_path / f"{name}.gguf", 64) as loaded:
+            assert loaded.ends() == ends
+        assert any("llama.cpp ends a text at '*'" in note for note in file.notes) == (name == "none")
+
+
+def test_added_tokens_that_take_what_is_beside_them_have_a_note(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool>", lstrip=True, special=False), AddedToken("<plain>", special=False)])
+    student = make_llama(vocab_size=310)
+    write_gguf(student, tokenizer, tmp_path / "model.gguf", "q8_0")
+    notes = gguf_check.measure_gguf(tmp_path / "model.gguf", "q8_0", measure.Bench(tokenizer, None, student)).notes
+    assert [note for note in notes if "other tokens" in note and "<tool>" in note and "<plain>" not in note]
+
+
+def test_a_file_at_which_llama_cpp_ends_the_process_is_one_line(tmp_path: Path) -> None:
+    """It takes two tokens of one text for impossible."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("[PAD301]", special=False)])
+    write_gguf(make_llama(vocab_size=310), tokenizer, tmp_path / "model.gguf", "f16")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    check_survives(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(whole.replace(b"[PAD303]", b"[PAD304]"))
+    with pytest.raises(
+        RunError, match=r"expected a file that llama\.cpp loads, got .*, at which it ends: .*id_to_token"
+    ):
+        check_survives(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(whole[:8] + bytes([255]) * 8 + whole[16:])
+    with pytest.raises(UserError, match=r"expected a GGUF file, got .*\. It is damaged"):
+        gguf_file.gguf_kind(tmp_path / "model.gguf")
+
+
+def test_a_run_is_exported_with_the_rows_and_the_teacher_of_its_report(
+    recipe_values: dict[str, Any], toys: Path
+) -> None:
+    rows = Path(recipe_values["output"]).parent / "eval.jsonl"
+    shutil.copy(toys / "eval.jsonl", rows)
+    recipe_values["data"]["eval"]["path"] = str(rows)
+    recipe_values |= {"evaluate": {}, "train": {**recipe_values["train"], "max_steps": 1}}
+    run = quiet_run(recipe_values).directory
+    whole = rows.read_text(encoding="utf-8")
+    rows.write_text(whole + '{"text": "another"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"export: expected .*eval\.jsonl as it was when the run .* began"):
+        export(run)
+    rows.unlink()
+    with pytest.raises(UserError, match=r"eval\.jsonl.*Without them, export .*student with --data\."):
+        export(run)
+    assert not (run / "export").exists()
 
 
 def test_a_file_that_llama_cpp_does_not_load_is_not_left_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,10 +310,13 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def test_what_gguf_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
+    from test_export_gguf import make
+
     with pytest.raises(ModelError, match=r"expected for GGUF one of llama, mistral, .*, got gpt_neox"):
         gguf_family(GPTNeoXConfig())
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("llama", {"hidden_act": "relu"}, "llama with the activation silu, got relu"),
+        ("gemma", {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "activation gelu_pytorch_tanh"),
         (
             "phi3",
             {"hidden_size": 32, "num_attention_heads": 3, "head_dim": 8},
@@ -260,6 +332,8 @@ def test_what_gguf_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
             gguf_family(config)
     with pytest.raises(ModelError, match="a byte-level BPE or a SentencePiece BPE with bytes, got WordLevel"):
         write_gguf(make_llama(), words(), tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match=r"qwen3 without biases, got model\.layers\.0\.self_attn\.q_proj\.bias"):
+        write_gguf(make("qwen3", attention_bias=True), make_tokenizer(), tmp_path / "model.gguf")
     with pytest.raises(ModelError, match="embeddings of all 300 tokens, got 200"):
         write_gguf(make_llama(200), make_tokenizer(), tmp_path / "model.gguf")
     large = make_llama()

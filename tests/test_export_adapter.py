@@ -209,7 +209,8 @@ def test_recipes_export_adapters(recipe_values: dict[str, Any], toys: Path, stud
         with pytest.raises(RecipeError, match=message):
             Recipe.parse({**values, "student": wrong})
     Recipe.parse({**values, "student": {"model": str(student)}})
-    values["student"] = {"model": str(toys / "student"), "adapter": {"kind": "lora", "rank": 2}}
+    base = Path(shutil.copytree(toys / "student", Path(values["output"]).parent / "its-base"))
+    values["student"] = {"model": str(base), "adapter": {"kind": "lora", "rank": 2}}
     directory = quiet_run(values).directory
     records = read_exports(directory / "export")
     assert records is not None and records.student_loss is not None
@@ -217,3 +218,6 @@ def test_recipes_export_adapters(recipe_values: dict[str, Any], toys: Path, stud
     for file in records.files:
         assert file.kl is not None and file.kl < 1e-4 and file.teacher_kl is not None
     assert "student-gguf-adapter-f16" in (directory / "report.html").read_text(encoding="utf-8")
+    make_llama(hidden_size=8, layers=1, seed=4).save_pretrained(base)
+    with pytest.raises(UserError, match=r"export: expected .*its-base as it was when the run in .* began, got another"):
+        export(directory)

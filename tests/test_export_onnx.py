@@ -25,7 +25,7 @@ from potstill.data.sources import Source
 from potstill.errors import ModelError, RunError, UserError
 from potstill.evaluate.exported import Exports, export_table, read_exports
 from potstill.runs.config.run import Recipe
-from potstill.runs.export import export
+from potstill.runs.export import evaluate_files, export
 from potstill.runs.formats import loaded as loaded_file
 from potstill.runs.formats.graphs import CausalGraph, OpenGraph, measure_graph
 from potstill.runs.formats.measure import Bench
@@ -143,6 +143,24 @@ def test_graphs_are_evaluated_alone(exported: tuple[Path, Exports], toys: Path, 
     (alone / "model.onnx").write_bytes(b"half")
     with pytest.raises(RunError, match=r"expected a graph that onnxruntime loads, got .*model.onnx: "):
         CausalGraph(open_onnx, alone)
+
+
+def test_a_graph_is_measured_on_tokens_of_its_own_tokenizer(
+    exported: tuple[Path, Exports], toys: Path, tmp_path: Path
+) -> None:
+    graph = Path(shutil.copytree(exported[0] / "export/student-onnx-int8", tmp_path / "export/other"))
+    make_tokenizer(290).save_pretrained(graph)
+    shutil.copytree(toys / "student", tmp_path / "student")
+    with pytest.raises(UserError, match=r"expected in .*other a tokenizer that reads .* as the tokens"):
+        evaluate_files([graph], Source(str(toys / "eval.jsonl")), max_length=32, tokens=100)
+
+
+def test_a_damaged_config_of_a_graph_is_one_line(exported: tuple[Path, Exports], toys: Path, tmp_path: Path) -> None:
+    graph = Path(shutil.copytree(exported[0] / "export/student-onnx-int8", tmp_path / "graph"))
+    for damaged in ("{", '{"model_type": "ll!ma"}'):
+        (graph / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"student: expected "):
+            evaluate_files([graph], Source(str(toys / "eval.jsonl")), max_length=32, tokens=100)
 
 
 def test_exported_files_are_found(tmp_path: Path) -> None:

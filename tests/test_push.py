@@ -33,9 +33,13 @@ FILES += ["report.html"]
 def run(tmp_path: Path) -> Path:
     names = ["student/README.md", "student/model.safetensors", "student/pooling/config.json", "report.html"]
     names += ["export/export.json", "export/student-q8_0.gguf", "export/student-q4_0.gguf.1.partial", "recipe.yaml"]
+    names += ["export/student-f16.gguf"]  # of an earlier student: not in export.json
     for name in [*names, "checkpoints/student/checkpoint-2/optimizer.pt", "rows.json"]:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_bytes(b"x" * 1000)
+    file = {"file": "student-q8_0.gguf", "kind": "q8_0", "program": "llama.cpp", "bytes": 1000}
+    file |= {"prompt_tokens_per_second": 1.0, "sha256": hashlib.sha256(b"x" * 1000).hexdigest()}
+    (tmp_path / "run/export/export.json").write_text(json.dumps({"files": [file]}).ljust(1000))
     return tmp_path / "run"
 
 
@@ -253,3 +257,13 @@ def test_a_damaged_student_is_not_pushed(run: Path, api: Any) -> None:
     with pytest.raises(ModelError, match=r"push: expected model.safetensors in .* as it was written"):
         push(run, "me/small")
     api.create_commit.assert_called_once()
+
+
+def test_an_exported_file_is_pushed_as_it_was_measured_or_not_at_all(run: Path, api: Any) -> None:
+    (run / "export" / "student-q8_0.gguf").write_bytes(b"x" * 999 + b"y")
+    with pytest.raises(UserError, match=r"push: expected .*student-q8_0\.gguf as it was measured, got another or none"):
+        push(run, "me/small")
+    (run / "export" / "student-q8_0.gguf").unlink()
+    with pytest.raises(UserError, match=r"got another or none\. Export it again"):
+        push(run, "me/small")
+    api.create_commit.assert_not_called()

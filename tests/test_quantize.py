@@ -53,6 +53,12 @@ def test_the_grid_is_that_of_the_gguf_package(weight: torch.Tensor, kind: Any) -
         assert torch.equal(WeightGrid(kind, scale, transposed=True).round(weight.T), grid.round(weight).T)
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "int8", "int4"])
+def test_weights_below_the_smallest_scale_are_zero_on_a_grid(kind: Any) -> None:
+    weight = torch.tensor([1e-38, -3e-40, 0.0, 1e-45] * 8)[None]
+    assert WeightGrid(kind).round(weight).abs().max() <= weight.max()
+
+
 def weights_of(path: Path) -> dict[str, np.ndarray]:
     """The numbers that a file's blocks stand for: the sign of a zero scale is none of them."""
     tensors = gguf.GGUFReader(path).tensors

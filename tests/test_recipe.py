@@ -354,3 +354,9 @@ def test_the_schema_describes_every_key() -> None:
     schema = Recipe.model_json_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
+
+
+def test_the_home_folder_may_be_named_by_its_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Recipe.parse(yaml.safe_load(MINIMAL) | {"output": "~/runs/toy"}).output == str(tmp_path / "runs/toy")
+    assert Recipe.parse(yaml.safe_load(MINIMAL)).output == "runs/toy"

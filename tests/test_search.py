@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, PretrainedConfig
 
+from conftest import make_llama
 from potstill.errors import RecipeError
 from potstill.models.budget import Budget
 from potstill.models.candidates import SIZES, Candidates, next_shape
@@ -195,8 +197,27 @@ def test_a_teacher_of_several_models_is_refused(searched: dict[str, Any], toys: 
         search_shape(Recipe.parse(searched), Path(searched["output"]), QUIET)
 
 
+def test_a_search_is_of_the_files_that_it_read(
+    searched: dict[str, Any], toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed one goes on with the same alone, and so does a run whose search is done."""
+    calls: list[Any] = []
+    monkeypatch.setattr(search._Search, "pruned_loss", lambda self, shape: calls.append(shape) or 1.0)
+    monkeypatch.setattr(search._Search, "trained_loss", lambda self, shape, steps: 1.0)
+    directory = Path(searched["output"])
+    rows = directory.parent / "train.jsonl"
+    shutil.copy(toys / "train.jsonl", rows)
+    searched["data"]["train"]["path"] = str(rows)
+    for _ in range(2):
+        search_shape(Recipe.parse(searched), directory, QUIET)
+        assert len(calls) == 2
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    search_shape(Recipe.parse(searched), directory, QUIET)
+    assert len(calls) == 4
+
+
 def test_a_timed_shape_is_kept_for_a_run_that_goes_on(
-    searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    searched: dict[str, Any], toys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speed = 1e-9  # seconds of a parameter
 
@@ -214,6 +235,11 @@ def test_a_timed_shape_is_kept_for_a_run_that_goes_on(
     student = build_run(settled).new_student()
     assert 6300 <= count_parameters(student.config) <= 7000
     speed = 1.2e-9  # another machine
+    teacher = Path(shutil.copytree(toys / "teacher", directory.parent / "teacher"))
+    changed = Recipe.parse({**searched, "teacher": {"model": str(teacher)}})
+    first, _ = settle_student(changed, directory.parent / "changed", QUIET, resume=False)
+    make_llama(layers=1, seed=1).save_pretrained(teacher)
+    assert settle_student(changed, directory.parent / "changed", QUIET, resume=False)[0].student != first.student
     again, _ = settle_student(recipe, directory, QUIET, resume=True)
     assert again.student == settled.student
     other, _ = settle_student(recipe, directory / "other", QUIET, resume=False)

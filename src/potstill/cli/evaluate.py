@@ -57,10 +57,10 @@ def evaluate(
     if not os.access(folder, os.W_OK):  # which is known before the models are measured
         raise UserError(f"--out: expected a file in a folder that can be written, got {out}. Choose another folder.")
     if files := exported_files(Path(student).expanduser()):
-        if generations or lm_eval or task != "causal" or batch_size != "1" or length:
+        if generations or lm_eval or task != "causal" or pair or label or batch_size != "1" or length:
             raise UserError(
-                "--generations, --lm-eval, --task, --batch-size, --length: expected none of them with exported files, "
-                "got some. Files are measured on held-out text, and one row at a time."
+                "--generations, --lm-eval, --task, --pair, --label, --batch-size, --length: expected none of them with "
+                "exported files, got some. Files are measured on held-out text, and one row at a time."
             )
         _evaluate_files(files, Source(data, field=field), out, teacher, max_length, packing, tokens)
         return

@@ -40,6 +40,7 @@ class ExportedFile(BaseModel):
     prompt_tokens_per_second: float
     tokens_per_second: float | None = None  # of generation; None for models that do not generate
     peak_bytes: int | None = None  # of memory, to load it and run a prompt; None where the system does not count it
+    sha256: str = ""  # of what was measured
     notes: list[str] = []
 
 
@@ -47,6 +48,7 @@ class Exports(BaseModel):
     """The exported files of a student, and the student itself on the same rows."""
 
     task: ExportTask = "causal"
+    sha256: str = ""  # of the student with its tokenizer, and of the rows
     tokens: int = 0  # held-out tokens, or rows, that all were measured on
     student_bytes: int | None = None  # None for files of no known student
     student_loss: float | None = None

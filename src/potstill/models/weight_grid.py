@@ -59,7 +59,8 @@ def _round_int(weight: Tensor, lowest: int) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0.0, 1 / scale)
+    inverse = 1 / scale  # infinite below 3e-39 too, where a file has the scale 0
+    return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def _round_f16(weight: Tensor) -> Tensor:

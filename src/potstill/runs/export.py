@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ from potstill.evaluate.summary import is_finished
 from potstill.files import atomic_path, explain_disk_full, lock_folder
 from potstill.losses.alignment import SEQUENCE_TASKS, TASKS, Task
 from potstill.models.adapted import is_adapted, merged
+from potstill.models.chat import end_token_ids
+from potstill.models.checksums import digest
 from potstill.models.heads import class_ids, match_heads
-from potstill.models.loading import load_model, load_tokenizer, suppress_warnings
+from potstill.models.loading import is_adapter, load_model, load_tokenizer, suppress_warnings
 from potstill.models.trimming import trim_model
 from potstill.runs.config.document import read
 from potstill.runs.config.embedding import EmbeddingRecipe
+from potstill.runs.config.inputs import changed_inputs
 from potstill.runs.config.run import Recipe
 from potstill.runs.embedding_sources import held_out_texts
 from potstill.runs.formats.llama_cpp import model_file
@@ -55,7 +59,7 @@ def export(
     task: Task | None = None,
     max_length: int = 512,
     tokens: int = MEASURED_TOKENS,
-    out: Path | None = None,
+    out: str | Path | None = None,
     console: Console | None = None,
 ) -> Exports:
     """Export the student of a run directory, or a model, and measure each file in the program that it is for.
@@ -89,6 +93,7 @@ def export(
                 f"export: expected no data, teacher, task or out with a run, got some with {folder}. It has its own."
             )
         name, out = str(folder / STUDENT), folder / FOLDER
+        _check_inputs(folder, recipe)
     if isinstance(recipe, Recipe):
         data, task = recipe.data.eval, recipe.task
         options = {"max_length": recipe.data.max_length, "packing": recipe.data.packing}
@@ -106,25 +111,27 @@ def export(
         raise UserError(f"--teacher: expected none for a sentence-transformers model, got {teacher}. Leave it out.")
     if teacher is not None and data is None:
         raise UserError(f"--teacher: expected --data to compare a model on, got {teacher} without. Name held-out data.")
-    if out is None and folder.is_dir():
-        out = folder / FOLDER
+    out = Path(out).expanduser() if out else folder / FOLDER if folder.is_dir() else None
     with lock_folder(folder, "run") if recipe else nullcontext() if out is None else lock_folder(out, "--out"):
         with part(console, "reading models and data"):
             model: Any
             rows = other = None
             if embeds:
                 model = load_sentence_model(name)
-                tokenizer, rows = model.tokenizer, _texts(recipe, data, model.tokenizer)
+                tokenizer = model.tokenizer
+                with _advise(folder if recipe else None):
+                    rows = _texts(recipe, data, tokenizer)
             else:
                 tokenizer, model = load_tokenizer(name, "student"), load_model(name, "student", "float32", task)
             if data is not None and not embeds:
                 classes = class_ids(model.config) if task == "classification" else None
-                rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
+                with _advise(folder if recipe else None):
+                    rows = encode(data, tokenizer, **options, task=task, classes=classes).dataset
+                    if teacher is not None and recipe is None:
+                        other = _same_teacher(teacher, tokenizer, name, task)
+                    elif teacher is not None:
+                        other = _teacher(teacher, tokenizer, task, cut=cut)
                 rows = MaskedRows(rows, tokenizer, **masks).fixed() if task == "masked" else rows
-                if teacher is not None and recipe is None:
-                    other = _same_teacher(teacher, tokenizer, name, task)
-                elif teacher is not None:
-                    other = _teacher(teacher, tokenizer, task, cut=cut)
             models = {"student": model} if other is None else {"student": model, "teacher": other}
             if task in SEQUENCE_TASKS:
                 match_heads(task, models, pad_token_id(tokenizer)[0])
@@ -168,7 +175,7 @@ def export_model(
         FORMATS[to].program()  # a missing package is an error before anything is measured
         for kind in quantize:
             _check_free(out / FORMATS[to].file.format(kind), is_folder=FORMATS[to].main is not None)
-    before = read_exports(out)  # records that are damaged are an error before that too
+    before = read_exports(out) or Exports()  # records that are damaged are an error before that too
     # A student's adapter is copied before it is merged.
     prepared = {form.prepare: form.prepare(model, task) for form in map(FORMATS.__getitem__, kinds) if form.adapter}
     size = sum(weight_bytes(student_folder / path) for path in module_paths(student_folder) or [""])
@@ -178,6 +185,8 @@ def export_model(
     bench = Bench(tokenizer, None if rows is None else measured_rows(rows, tokens), model, teacher, task)
     with part(console, "measuring the student"):
         exports = together = bench.start(size)
+        exports.sha256 = _sha256(bench)
+    earlier = _earlier(before, exports, out)
     out.mkdir(parents=True, exist_ok=True)
     for to, quantize in kinds.items():
         form = FORMATS[to]
@@ -193,12 +202,14 @@ def export_model(
                     file = form.measure(partial, kind, bench)
             exports.files.append(file.model_copy(update={"file": path.name}))
             exports.tokens = exports.tokens or file.tokens  # encoders without a teacher have no figures of their own
-            together = exports.model_copy(update={"files": [*_earlier(before, exports, out), *exports.files]})
+            new = {file.file for file in exports.files}
+            kept = [file for file in earlier if file.file not in new]
+            together = exports.model_copy(update={"files": [*kept, *exports.files]})
             write_exports(together, out)  # after each file, so that an interruption costs one
-    for path in [] if before is None else [out / file.file for file in before.files]:
+    for path in (out / file.file for file in before.files):
         if path.exists() and path.name not in {file.file for file in together.files}:
-            left = f"{path.name}: of another student, or measured on other rows, and no longer listed. Export it again."
-            console.print(left, highlight=False)
+            left = "of another student, measured on other rows, or changed, and no longer listed. Export it again."
+            console.print(f"{path.name}: {left}", highlight=False)
     return together
 
 
@@ -268,14 +279,27 @@ def _check_free(path: Path, *, is_folder: bool) -> None:
         raise UserError(f"export: expected {kinds[0]} to write, or nothing, at {path}, got {kinds[1]}. Move it away.")
 
 
-def _earlier(before: Exports | None, exports: Exports, out: Path) -> list[ExportedFile]:
-    """Files of an earlier export of this student that were measured on the same rows, and are not written anew."""
-    new = {file.file for file in exports.files}
-    if before is None or before.tokens != exports.tokens:
+def _earlier(before: Exports, exports: Exports, out: Path) -> list[ExportedFile]:
+    """Files of an earlier export of this student that were measured on the same rows, and are as they were then."""
+    if before.sha256 != exports.sha256:
         return []
-    if not math.isclose(before.student_loss or 0, exports.student_loss or 0, rel_tol=1e-4):
-        return []
-    return [file for file in before.files if file.file not in new and (out / file.file).exists()]
+    return [file for file in before.files if (out / file.file).exists() and digest(out / file.file) == file.sha256]
+
+
+def _sha256(bench: Bench) -> str:
+    """Compute the sha256 of what files are made of, and of the rows that they are measured on."""
+    tokenizer, rows = bench.tokenizer, bench.rows
+    described = [
+        tokenizer.get_vocab(),
+        tokenizer.chat_template,
+        sorted(end_token_ids(tokenizer, bench.student)),
+        None if rows is None else {name: [*rows[name]] for name in rows.column_names},
+    ]
+    sha = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, weight in bench.student.state_dict().items():
+        sha.update(name.encode())
+        sha.update(weight.detach().float().contiguous().numpy().data)
+    return sha.hexdigest()
 
 
 def _format(to: str) -> FileFormat:
@@ -304,6 +328,33 @@ def _recipe_of(folder: Path) -> Recipe | EmbeddingRecipe | None:
             "Export one that is trained with teacher.embedder, or a static or encoder student."
         )
     return recipe
+
+
+def _check_inputs(folder: Path, recipe: Recipe | EmbeddingRecipe) -> None:
+    """Refuse other held-out rows, another teacher or another base of an adapter than the run had."""
+    read: Any = {"data": {"eval"} if recipe.data.eval is not None else {"train"}}
+    read |= {"teacher": True} if isinstance(recipe, Recipe) else {}
+    read |= {"student": {"model"}} if is_adapter(str(folder / STUDENT)) else {}
+    named = recipe.model_dump(mode="json", include=read)
+    if changed := changed_inputs(folder, named):
+        raise UserError(
+            f"export: expected {changed[0]} as it was when the run in {folder} began, got another content. Restore it, "
+            f"or export {folder / STUDENT} with --data."
+        )
+
+
+@contextmanager
+def _advise(folder: Path | None) -> Iterator[None]:
+    """Add to an error in reading what a run's recipe names how to export its student without that."""
+    try:
+        yield
+    except UserError as error:
+        if folder is None:
+            raise
+        raise UserError(
+            f"{error} A run is exported from where its recipe finds data and teacher. Without them, export "
+            f"{folder / STUDENT} with --data."
+        ) from None
 
 
 def _texts(recipe: Any, data: Source | None, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from potstill.files import write_json
 from potstill.models.checksums import with_checksum, without_checksum
+from potstill.models.loading import adapter_base
 
 
 class FinishedParts:
@@ -47,7 +48,9 @@ class FinishedParts:
 
 
 def fingerprint(name: str) -> list[Any]:
-    """A file or the files of a folder by name, size and time; just the name of what is elsewhere."""
+    """A file, or the files of a folder and of an adapter's base, by name, size and time; of others the name alone."""
     path = Path(name).expanduser()
     files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-    return [name, *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+    base = adapter_base(name)
+    stamps = ((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return [name, *stamps, *([fingerprint(base)] if base else [])]

@@ -83,7 +83,7 @@ def generate(
     Raises:
         UserError: something in the recipe or the data is to be corrected.
     """
-    directory = Path(recipe.output).expanduser()
+    directory = Path(recipe.output)
     with lock_folder(directory, "output"):
         return _generate(recipe, directory, resume, engine, console or Console(quiet=True))
 

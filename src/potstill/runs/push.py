@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from httpx2 import HTTPError
@@ -12,9 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from potstill.errors import RunError, UserError, one_line
-from potstill.evaluate.exported import FOLDER
+from potstill.evaluate.exported import FILE, FOLDER, read_exports
 from potstill.files import lock_folder
-from potstill.models.checksums import check_folder
+from potstill.models.checksums import check_folder, digest
 
 TOKEN = "HF_TOKEN"
 
@@ -30,8 +30,27 @@ def files_to_push(run: Path) -> dict[str, Path]:
         raise UserError(f"push: expected a finished run, got {run} without {missing}. Finish it with --resume.")
     check_folder(student, "push")
     files = {path.relative_to(student).as_posix(): path for path in _whole_files(student)}
-    files |= {path.relative_to(run).as_posix(): path for path in [run / "report.html", *_whole_files(run / FOLDER)]}
+    files |= {path.relative_to(run).as_posix(): path for path in [run / "report.html", *_exported(run)]}
     return dict(sorted(files.items()))
+
+
+def _exported(run: Path) -> Iterator[Path]:
+    """The records of a run's exported files, and the files that they are of.
+
+    Raises:
+        UserError: a file is not the one that its figures are of.
+    """
+    exports = read_exports(run / FOLDER)
+    if exports is not None:
+        yield run / FOLDER / FILE
+    for file in () if exports is None else exports.files:
+        path = run / FOLDER / file.file
+        if not path.exists() or digest(path) != (file.sha256 or digest(path)):
+            raise UserError(
+                f"push: expected {path} as it was measured, got another or none. Export it again, or delete "
+                f"{run / FOLDER / FILE} and what it is of, and run potstill report {run}."
+            )
+        yield from _whole_files(path) if path.is_dir() else [path]
 
 
 def _whole_files(folder: Path) -> list[Path]:

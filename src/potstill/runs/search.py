@@ -43,6 +43,7 @@ from potstill.runs.build_student import (
     calibration_precision,
     initialization_of,
 )
+from potstill.runs.config.inputs import input_digests
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart
 from potstill.runs.finished_parts import FinishedParts
@@ -93,6 +94,7 @@ def search_shape(recipe: Recipe, directory: Path, console: Console) -> tuple[Rec
     The directory gets search.json and search.html. What an earlier search for the same recipe measured there is kept.
     """
     request = recipe.model_dump(mode="json", exclude={"name", "output", "evaluate"}, exclude_none=True)
+    request["inputs"] = input_digests(request, directory)
     record = _read(directory, request)
     if record is None:
         record = _search(recipe, directory, request, console)

@@ -6,6 +6,7 @@ Every mistake of a file is reported at once, unknown keys with the nearest known
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 from collections.abc import Hashable, Iterable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from potstill.errors import OTHER_NAMES, RecipeError, nearest, one_line
 from potstill.files import write_text
@@ -24,6 +25,9 @@ UNKNOWN_KEY = "unknown key."
 MOST_CHARACTERS = 2**20  # of a recipe
 MOST_VALUES = 100_000  # in a recipe
 PRESETS = Path(__file__).parent / "presets"
+
+
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # to write to
 
 
 class Part(BaseModel):

@@ -10,7 +10,7 @@ from potstill.embedding.objective import Focus
 from potstill.embedding.students import EmbeddingStudent, StaticStudent
 from potstill.embedding.teachers import EmbeddingTeacher, FileTeacher
 from potstill.losses.schedule import Schedule
-from potstill.runs.config.document import Document, Part
+from potstill.runs.config.document import Document, Folder, Part
 from potstill.runs.config.export import ExportPart, export_mistakes
 
 
@@ -88,7 +88,7 @@ class EmbeddingRecipe(Document):
     train: EmbeddingTrainPart = EmbeddingTrainPart()
     evaluate: EmbeddingEvaluatePart = EmbeddingEvaluatePart()
     export: list[ExportPart] = Field(default=[], description="files of the student, in export/")
-    output: str = Field(min_length=1, description="the run directory")
+    output: Folder = Field(description="the run directory")
 
     @property
     def trains(self) -> bool:

@@ -11,7 +11,7 @@ from potstill.engines.server import ServerConfig
 from potstill.generation.filters import FilterOptions
 from potstill.generation.sandbox import ProgramLimits
 from potstill.generation.tasks import GenerationTask
-from potstill.runs.config.document import Document, Part
+from potstill.runs.config.document import Document, Folder, Part
 
 
 class GenerationTeacherPart(Part):
@@ -87,7 +87,7 @@ class GenerateRecipe(Document):
     )
     skip_bad_rows: bool = Field(False, description="go on without rows that cannot be used, and list them")
     batch_size: int = Field(16, ge=1, description="prompts that are completed, and saved, together")
-    output: str = Field(min_length=1, description="the folder for rows, dropped rows and the data card")
+    output: Folder = Field(description="the folder for rows, dropped rows and the data card")
 
     @property
     def engine_sampling(self) -> Sampling:

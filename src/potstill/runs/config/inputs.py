@@ -24,7 +24,7 @@ PIECES, PIECE_BYTES = 64, 2**14
 
 def write_inputs(directory: Path, recipe: Mapping[str, Any]) -> None:
     """Write the checksums of the files and folders that a recipe names into a run directory."""
-    write_json(directory / INPUTS, _digests(recipe, directory))
+    write_json(directory / INPUTS, input_digests(recipe, directory))
 
 
 def changed_inputs(directory: Path, recipe: Mapping[str, Any]) -> list[str]:
@@ -33,10 +33,10 @@ def changed_inputs(directory: Path, recipe: Mapping[str, Any]) -> list[str]:
         before = dict(json.loads((directory / INPUTS).read_bytes()))
     except (OSError, ValueError, TypeError):  # missing or damaged
         return []
-    return [path for path, now in _digests(recipe, directory).items() if before.get(path, now) != now]
+    return [path for path, now in input_digests(recipe, directory).items() if before.get(path, now) != now]
 
 
-def _digests(recipe: Mapping[str, Any], directory: Path) -> dict[str, str]:
+def input_digests(recipe: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """Compute the sha256 of each file, folder and pattern, by its path in the recipe; not of what is on the hub."""
     digests = {}
     for key, text in _texts(recipe):

@@ -13,7 +13,7 @@ from potstill.losses.alignment import SEQUENCE_TASKS, TOKEN_TASKS, Task
 from potstill.losses.declared import Either
 from potstill.models.adapters import Lora, adapter_conflicts
 from potstill.models.loading import is_adapter
-from potstill.runs.config.document import Document, Part
+from potstill.runs.config.document import Document, Folder, Part
 from potstill.runs.config.export import ExportPart, export_mistakes
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.training import TrainPart, argument_names
@@ -96,7 +96,7 @@ class Recipe(Document):
     train: TrainPart = Field(default_factory=dict, description="any field of transformers.TrainingArguments")
     evaluate: EvaluatePart = Field(default_factory=lambda: EvaluatePart.model_validate({}))
     export: list[ExportPart] = Field(default_factory=list, description="files of the student, in export/")
-    output: str = Field(min_length=1, description="the run directory")
+    output: Folder = Field(description="the run directory")
 
     @classmethod
     def mapping_keys(cls) -> Iterator[str]:

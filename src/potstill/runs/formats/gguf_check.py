@@ -15,22 +15,11 @@ from potstill.errors import RunError
 from potstill.evaluate.exported import ExportedFile
 from potstill.models.chat import end_token_ids
 from potstill.runs.formats.gguf_file import kind_notes
-from potstill.runs.formats.llama_cpp import LlamaCpp, model_file
-from potstill.runs.formats.measure import NEW_TOKENS, PROBED, PROMPT, Bench, measure_causal, random_ids
+from potstill.runs.formats.llama_cpp import LlamaCpp, check_survives, model_file
+from potstill.runs.formats.measure import NEW_TOKENS, PROBED, PROMPT, TEXTS, Bench, measure_causal, random_ids
 
 _UNQUANTIZED = ("f32", "f16")
 _FARTHEST = 1e-3  # KL of such a file to its student, which llama.cpp's activations in half precision leave far below
-# Texts that tokenizers split in different ways.
-PROBES = (
-    *("Hello world", "I'm here; you'LL see, don't you?", "def f(x):\n    return x != 3.14\n", "  two  spaces\n\n\ttab"),
-    *(
-        "12345 and 1,000,000",
-        "naïve ÉCOLE straße İstanbul",
-        "你好，世界。こんにちは 한국어 ไทย हिन्दी",
-        "Привет العربية עברית",
-    ),
-    *("😀 👩‍💻 🇫🇷 ❤️", "e\u0301 is \u00e9", "\u200b\u00a0\u3000", "a\x00b\x07c\r\n\x7f"),
-)
 
 
 def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
@@ -47,6 +36,7 @@ def measure_gguf(path: Path, kind: str, bench: Bench) -> ExportedFile:
         token_notes = _token_notes(loaded, bench.tokenizer)
         return [*token_notes, *_end_notes(loaded, bench.tokenizer, bench.student), *kind_notes(model_file(path), kind)]
 
+    check_survives(path)
     return measure_causal(partial(LlamaCpp, path, max(bench.longest, PROMPT + NEW_TOKENS)), path, kind, bench, check)
 
 
@@ -64,10 +54,9 @@ def _check_student(loaded: LlamaCpp, student: Any) -> None:
 
 
 def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    special = [str(token) for token in tokenizer.all_special_tokens]
-    texts = [*PROBES, *(f"text {token} text" for token in special)]
+    texts = [*TEXTS, *(f"text {token} text{token}text" for token in _hard_tokens(tokenizer))]
     differ = [text for text in texts if not _same_tokens(loaded, tokenizer, text)]
-    plain = next((text for text in differ if text in PROBES and text.isascii() and text.isprintable()), None)
+    plain = next((text for text in differ if text in TEXTS and text.isascii() and text.isprintable()), None)
     if plain is not None:
         own, mine = loaded.tokenize(plain), tokenizer(plain)["input_ids"]
         raise RunError(
@@ -79,12 +68,24 @@ def _token_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase) -> Iterat
         yield f"llama.cpp gives other tokens than the tokenizer for {share}, such as {differ[0]!r}."
 
 
+def _hard_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens, and the added ones that are found by what is beside them, or take it along."""
+    added = tokenizer.added_tokens_decoder.values()
+    taking = [token.content for token in added if token.lstrip or token.rstrip or token.single_word]
+    return [*dict.fromkeys([*map(str, tokenizer.all_special_tokens), *taking])]
+
+
 def _same_tokens(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return loaded.tokenize(text) == tokenizer(text, verbose=False)["input_ids"]
 
 
 def _end_notes(loaded: LlamaCpp, tokenizer: PreTrainedTokenizerBase, student: Any) -> Iterator[str]:
-    missing = sorted(end_token_ids(tokenizer, student) - loaded.ends())
-    if missing:
+    ends, own = loaded.ends(), end_token_ids(tokenizer, student)
+    if missing := sorted(own - ends):
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missing)))
         yield f"llama.cpp does not end a text at {names}: a file has three end tokens. Give it the others as stops."
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if plain := sorted(ends - own - special):
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(plain)))
+        advice = "It takes that for an end by its name." if own else "Give the student an end token."
+        yield f"llama.cpp ends a text at {names}, which does not end the student's. {advice}"

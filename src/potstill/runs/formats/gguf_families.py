@@ -26,20 +26,23 @@ class GgufFamily:
     transposed: bool = False  # weights of Conv1D layers
     windows: bool = False  # layers with sliding windows between those with full attention
     rope_tensors: bool = False  # rotary frequencies may be divided by a tensor
+    partial_rotary: bool = False  # a part of each head may be rotated; others ignore partial_rotary_factor
+    biases: bool = False  # matrices may have biases
     full_width: bool = False  # all heads together are as wide as the hidden states
 
 
 FAMILIES: Mapping[str, GgufFamily] = {
-    "llama": GgufFamily("llama", "silu", interleaved=True, rope_tensors=True),
-    "mistral": GgufFamily("llama", "silu", interleaved=True, rope_tensors=True),
-    "qwen2": GgufFamily("qwen2", "silu"),
+    "llama": GgufFamily("llama", "silu", interleaved=True, rope_tensors=True, biases=True),
+    "mistral": GgufFamily("llama", "silu", interleaved=True, rope_tensors=True, biases=True),
+    "qwen2": GgufFamily("qwen2", "silu", full_width=True, biases=True),
     "qwen3": GgufFamily("qwen3", "silu"),
-    "phi3": GgufFamily("phi3", "silu", full_width=True, rope_tensors=True),
+    "phi3": GgufFamily("phi3", "silu", full_width=True, rope_tensors=True, partial_rotary=True),
     "gemma": GgufFamily("gemma", "gelu_pytorch_tanh", offset_norms=True),
     "gemma2": GgufFamily("gemma2", "gelu_pytorch_tanh", offset_norms=True, windows=True),
     "gemma3_text": GgufFamily("gemma3", "gelu_pytorch_tanh", offset_norms=True, windows=True),
-    "gpt2": GgufFamily("gpt2", "gelu_new", transposed=True),
+    "gpt2": GgufFamily("gpt2", "gelu_new", transposed=True, biases=True),
 }
+_FREE_WIDTH = {"qwen2": FAMILIES["llama"]}  # what computes the same where the heads are not `full_width`
 # llama.cpp's 27B models of Gemma, known by their depth, scale attention by the width of all heads.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 _YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # as llama.cpp has it
@@ -55,11 +58,13 @@ def gguf_family(config: Any) -> GgufFamily:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise _refusal(f"one of {', '.join(FAMILIES)}", config.model_type)
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "activation_function", None)
-    activation = activation or config.hidden_act
+    field = "hidden_activation" if family.windows else "activation_function" if family.arch == "gpt2" else "hidden_act"
+    activation = getattr(config, field)
     if activation != family.activation:
         raise _refusal(f"{config.model_type} with the activation {family.activation}", activation)
     width = config.num_attention_heads * head_size(config)
+    if family.full_width and width != config.hidden_size and config.model_type in _FREE_WIDTH:
+        return _FREE_WIDTH[config.model_type]
     if family.full_width and width != config.hidden_size:
         raise _refusal(
             f"{config.model_type} whose heads are together as wide as its hidden states, {config.hidden_size}", width
@@ -94,13 +99,13 @@ def write_parameters(writer: Any, config: Any, family: GgufFamily) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
-    if cap := getattr(config, "attn_logit_softcapping", None):
-        writer.add_attn_logit_softcapping(cap)
-    if cap := getattr(config, "final_logit_softcapping", None):
-        writer.add_final_logit_softcapping(cap)
-    elif family.arch == "gemma2":
-        raise _refusal("gemma2 with final_logit_softcapping", "none")
-    if family.windows:
+    if family.windows:  # others ignore the caps
+        if cap := config.attn_logit_softcapping:
+            writer.add_attn_logit_softcapping(cap)
+        if cap := config.final_logit_softcapping:
+            writer.add_final_logit_softcapping(cap)
+        elif family.arch == "gemma2":
+            raise _refusal("gemma2 with final_logit_softcapping", "none")
         writer.add_sliding_window(config.sliding_window)
         writer.add_uint32(f"{family.arch}.attention.sliding_window_pattern", _window_period(config))
     _write_rope(writer, config, family)
@@ -128,7 +133,7 @@ def _window_period(config: Any) -> int:
 def _write_rope(writer: Any, config: Any, family: GgufFamily) -> None:
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
-    writer.add_rope_dimension_count(_rotary_width(config))
+    writer.add_rope_dimension_count(_rotary_width(config, family))
     writer.add_rope_freq_base(full["rope_theta"])
     if family.windows:
         sliding = rope.get("sliding_attention", full)
@@ -171,13 +176,13 @@ def _scaling(name: str) -> Any:
     return RopeScalingType(name)
 
 
-def _rotary_width(config: Any) -> int:
+def _rotary_width(config: Any, family: GgufFamily) -> int:
     rope = config.rope_parameters
-    share = rope.get("full_attention", rope).get("partial_rotary_factor") or 1.0
-    return int(head_size(config) * share)
+    share = rope.get("full_attention", rope).get("partial_rotary_factor") if family.partial_rotary else None
+    return int(head_size(config) * (share or 1.0))
 
 
-def rope_tensors(config: Any) -> dict[str, Tensor]:
+def rope_tensors(config: Any, family: GgufFamily) -> dict[str, Tensor]:
     """Make the tensors of a model's scaled rotary frequencies: what each is divided by."""
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
@@ -185,7 +190,8 @@ def rope_tensors(config: Any) -> dict[str, Tensor]:
         return {f"rope_factors_{name}.weight": torch.tensor(rope[f"{name}_factor"]) for name in ("long", "short")}
     if rope.get("rope_type") != "llama3":
         return {}
-    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, _rotary_width(config), 2) / _rotary_width(config))
+    width = _rotary_width(config, family)
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2) / width)
     # Between the two wavelengths the factor goes from 1 to `factor`.
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -218,7 +224,7 @@ def is_transposed(name: str, family: GgufFamily) -> bool:
 
 def weight_scale(name: str, config: Any, family: GgufFamily) -> float:
     """How many times larger a file has a weight: that of queries, as llama.cpp divides by another number's root."""
-    divisor = getattr(config, "query_pre_attn_scalar", None)
+    divisor = getattr(config, "query_pre_attn_scalar", None) if family.windows else None
     if divisor is None or not name.endswith("q_norm.weight" if family.arch == "gemma3" else ".q_proj.weight"):
         return 1.0
     wide = config.num_hidden_layers == _SCALED_BY_WIDTH.get(family.arch)

@@ -57,7 +57,7 @@ def write_gguf(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path, quant
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, own, weight, kind in _tensors(model, quantize):
         _add(gguf, writer, own, gguf_weight(name, weight, config, family).numpy(), kind)
-    for own, factors in rope_tensors(config).items():
+    for own, factors in rope_tensors(config, family).items():
         writer.add_tensor(own, factors.float().numpy())
     with atomic_path(path) as partial:
         writer.write_header_to_file(partial)
@@ -88,12 +88,17 @@ def gguf_grids(model: Any, quantize: GridKind) -> dict[str, WeightGrid]:
 def _tensors(model: Any, quantize: GgufType) -> Iterator[tuple[str, str, Tensor, Any]]:
     """Each weight of a model: its name, its name in GGUF, itself, and how it is quantized."""
     config, name_in_gguf = model.config, tensor_names(model.config)
-    tied = config.tie_word_embeddings
+    tied, family = config.tie_word_embeddings, gguf_family(config)
     for name, weight in model.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
+        if name.endswith(".bias") and not family.biases:
+            raise ModelError(
+                f"export: expected for GGUF {config.model_type} without biases, got {name}. Export another student, or "
+                "use onnx."
+            )
         own = name_in_gguf(name)
-        columns = weight.shape[0 if is_transposed(name, gguf_family(config)) else -1]
+        columns = weight.shape[0 if is_transposed(name, family) else -1]
         if weight.ndim == 1 or own == "position_embd.weight":
             yield name, own, weight, "f32"
         else:
@@ -129,8 +134,12 @@ def gguf_kind(path: Path) -> str:
                 "in a folder of both, and evaluate that."
             )
         name = "" if field is None else gguf.LlamaFileType(field.contents()).name
-    except (ValueError, OSError) as error:
-        raise UserError(f"student: expected a GGUF file, got {path}: {one_line(error)}.") from None
+    except UserError:
+        raise
+    except Exception as error:  # the package reads a damaged header as it is
+        raise UserError(
+            f"student: expected a GGUF file, got {path}: {one_line(error, 200)}. It is damaged, or of another format."
+        ) from None
     return name.lower().removeprefix("mostly_").removeprefix("all_")
 
 

@@ -72,6 +72,7 @@ def _refusal(expected: str, got: object) -> ModelError:
 
 def _tokens(spec: dict[str, Any], vocabulary: dict[str, int], rows: int) -> tuple[list[str], list[int]]:
     tokens = [f"[PAD{i}]" for i in range(rows)]
+    tokens = [f"{token}*" if token in vocabulary else token for token in tokens]  # llama.cpp wants each once
     types = [_UNUSED] * rows
     for text, i in vocabulary.items():
         tokens[i], types[i] = text, _NORMAL
@@ -140,7 +141,10 @@ def _write_special_tokens(writer: Any, tokenizer: PreTrainedTokenizerBase, model
     eos = tokenizer.eos_token_id
     ends = [i for i in sorted(end_token_ids(tokenizer, model)) if i != eos]
     ids = {"bos": tokenizer.bos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-    ids |= dict(zip(("eos", "eot", "eom"), ends if eos is None else [eos, *ends], strict=False))
+    ends = ends if eos is None else [eos, *ends]
+    # Without one, llama.cpp ends texts at token 11, or 2. The student does not write these, and ends at none.
+    ends = ends or [i for i in (ids["pad"], ids["unk"], ids["bos"]) if i is not None][:1]
+    ids |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     for name, i in ids.items():
         if i is not None:
             getattr(writer, f"add_{name}_token_id")(i)

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.errors import RunError, UserError
 from potstill.evaluate.exported import ExportedFile
 from potstill.evaluate.speed import extra_bytes
 from potstill.losses.embedding import similarity_error
 from potstill.models.chat import end_token_ids
-from potstill.models.loading import load_tokenizer
+from potstill.models.loading import load_config, load_tokenizer
 from potstill.models.shapes import position_limit
 from potstill.runs.formats.loaded import LoadedFile
 from potstill.runs.formats.measure import (
     PROBED,
     PROMPT,
+    TEXTS,
     Bench,
     FileModule,
     check_lengths,
@@ -81,7 +82,7 @@ class CausalGraph(LoadedFile):
                 f"{', '.join([*graph.inputs][:3])}. Other models are measured by potstill export alone."
             )
         self.num_tokens = int(graph.outputs["logits"][-1])
-        self.context_length = position_limit(AutoConfig.from_pretrained(folder)) or _UNLIMITED
+        self.context_length = position_limit(load_config(str(folder), "student")) or _UNLIMITED
         self._cache: dict[str, Any] = {}
 
     def close(self) -> None:
@@ -149,6 +150,7 @@ def measure_graph(open_graph: OpenGraph, folder: Path, kind: str, bench: Bench) 
         def check(loaded: CausalGraph) -> list[str]:
             if compared is not None:
                 _check_causal(loaded, compared)
+            _check_tokenizer(folder, bench.tokenizer)
             return []
 
         return measure_causal(partial(CausalGraph, open_graph, folder), folder, kind, bench, check)
@@ -183,6 +185,18 @@ def _check_causal(loaded: CausalGraph, model: Any) -> None:
     passes = loaded.logits_in_passes(ids[0].tolist(), _SPLIT)
     logits, expected = torch.from_numpy(passes), model(input_ids=ids).logits[0]
     _check_close(logits.log_softmax(-1), expected.log_softmax(-1), model)
+
+
+def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer in the folder gives the tokens that the rows are read with."""
+    own = load_tokenizer(str(folder), "student")
+    for text in TEXTS:
+        ids, expected = (each(text, verbose=False)["input_ids"] for each in (own, tokenizer))
+        if ids != expected:
+            raise UserError(
+                f"student: expected in {folder} a tokenizer that reads {text!r} as the tokens {expected} of the rows, "
+                f"got {ids}. Measure files of other tokenizers one by one, away from another student."
+            )
 
 
 @torch.no_grad()

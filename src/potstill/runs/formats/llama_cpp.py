@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import c_float, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,80 +17,24 @@ import torch
 
 from potstill.errors import RunError, UserError, one_line
 from potstill.models.locate import require_package
+from potstill.runs.formats import llama_functions
+from potstill.runs.formats.llama_functions import Log, open_library
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
 BASE, ADAPTER = "base.gguf", "adapter.gguf"  # of a folder with an adapter and the model that it is for
 _LOG_ERROR = 4  # level of ggml
-_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [
-        ("n_tokens", c_int32),
-        ("token", POINTER(c_int32)),
-        ("embd", c_void_p),
-        ("pos", POINTER(c_int32)),
-        ("n_seq_id", POINTER(c_int32)),
-        ("seq_id", POINTER(POINTER(c_int32))),
-        ("logits", POINTER(c_int8)),
-    ]
-
-
-class _ModelParams(ctypes.Structure):
-    """Larger than llama_model_params: it is passed by address, and only defaults are used."""
-
-    _fields_ = [("opaque", c_void_p * 64)]
-
-
-class _ContextParams(ctypes.Structure):
-    """The first fields of llama_context_params, and more room than the others need."""
-
-    _fields_ = [("n_ctx", c_uint32), ("n_batch", c_uint32), ("n_ubatch", c_uint32), ("n_seq_max", c_uint32)]
-    _fields_ += [("opaque", c_void_p * 64)]
-
-
-_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "llama_log_set": (None, [_Log, c_void_p]),
-    "llama_backend_init": (None, []),
-    "llama_model_default_params": (_ModelParams, []),
-    "llama_context_default_params": (_ContextParams, []),
-    "llama_model_load_from_file": (c_void_p, [c_char_p, _ModelParams]),
-    "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
-    "llama_model_free": (None, [c_void_p]),
-    "llama_free": (None, [c_void_p]),
-    "llama_model_get_vocab": (c_void_p, [c_void_p]),
-    "llama_model_n_ctx_train": (c_int32, [c_void_p]),
-    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
-    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
-    "llama_n_ctx": (c_uint32, [c_void_p]),
-    "llama_n_batch": (c_uint32, [c_void_p]),
-    "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
-    "llama_get_memory": (c_void_p, [c_void_p]),
-    "llama_memory_clear": (None, [c_void_p, c_bool]),
-    "llama_batch_init": (_Batch, [c_int32, c_int32, c_int32]),
-    "llama_batch_free": (None, [_Batch]),
-    "llama_decode": (c_int32, [c_void_p, _Batch]),
-    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
-    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
-    "llama_get_logits": (POINTER(c_float), [c_void_p]),
-    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
-    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
-}
 
 
 @cache
 def _library() -> Any:
     module = require_package("xllamacpp", "export", "export")
-    library = ctypes.CDLL(module.xllamacpp.__file__)
-    for name, (result, arguments) in _FUNCTIONS.items():
-        try:
-            function = getattr(library, name)
-        except AttributeError:
-            raise UserError(
-                f"export: expected an xllamacpp that exports {name}, got {module.__version__} without it. Install "
-                "xllamacpp 2026.5 or later on Linux or macOS."
-            ) from None
-        function.restype, function.argtypes = result, arguments
+    try:
+        library = open_library(module.xllamacpp.__file__)
+    except AttributeError as error:
+        raise UserError(
+            f"export: expected an xllamacpp with the functions of llama.h, got {module.__version__}: {one_line(error)}."
+            " Install xllamacpp 2026.5 or later on Linux or macOS."
+        ) from None
     library.llama_log_set(_collect, None)
     library.llama_backend_init()
     return library
@@ -123,11 +69,29 @@ def model_file(path: Path) -> Path:
 _errors: list[str] = []
 
 
-@_Log
+@Log
 def _collect(level: int, text: bytes, _: Any) -> None:
     """Keep llama.cpp's messages about a failure, and print nothing; dots of its progress have a higher level."""
     if level == _LOG_ERROR:
         _errors.append(text.decode(errors="replace"))
+
+
+def check_survives(path: Path) -> None:
+    """Load a file in another process first: llama.cpp ends the whole process at some files.
+
+    Raises:
+        RunError: it does so at this one.
+    """
+    module = require_package("xllamacpp", "export", "export")
+    files = [str(model_file(path)), *([str(path / ADAPTER)] if path.is_dir() else [])]
+    command = [sys.executable, "-I", llama_functions.__file__, module.xllamacpp.__file__, *files]
+    tried = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if tried.returncode < 0:
+        messages = tried.stderr.decode(errors="replace").splitlines()
+        reason = next((line for line in messages if "failed" in line), signal.Signals(-tried.returncode).name)
+        raise RunError(
+            f"export: expected a file that llama.cpp loads, got {path}, at which it ends: {one_line(reason)}"
+        )
 
 
 class LlamaCpp(LoadedFile):

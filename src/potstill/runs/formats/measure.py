@@ -28,11 +28,23 @@ from potstill.evaluate.sequence import measure as measure_quality
 from potstill.evaluate.speed import extra_bytes
 from potstill.files import explain_disk_full
 from potstill.losses.alignment import TOKEN_TASKS
+from potstill.models.checksums import digest
 from potstill.models.heads import token_rows
 from potstill.runs.formats.loaded import CHUNK, LoadedFile
 
 PROMPT, NEW_TOKENS = 128, 32  # tokens that are timed
 PROBED = 24  # tokens on which a file and its model are compared
+# Texts that tokenizers split in different ways.
+TEXTS = (
+    *("Hello world", "I'm here; you'LL see, don't you?", "def f(x):\n    return x != 3.14\n", "  two  spaces\n\n\ttab"),
+    *(
+        "12345 and 1,000,000",
+        "naïve ÉCOLE straße İstanbul",
+        "你好，世界。こんにちは 한국어 ไทย हिन्दी",
+        "Привет العربية עברית",
+    ),
+    *("😀 👩‍💻 🇫🇷 ❤️", "e\u0301 is \u00e9", "\u200b\u00a0\u3000", "a\x00b\x07c\r\n\x7f"),
+)
 
 
 class FileModule(nn.Module):
@@ -214,6 +226,7 @@ def exported_file(
         kind=kind,
         program=program,
         bytes=sum(file.stat().st_size for file in files),
+        sha256=digest(path),
         **figures,
         prompt_tokens_per_second=speeds[0],
         tokens_per_second=speeds[1],
