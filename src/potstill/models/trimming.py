@@ -106,6 +106,7 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> N
     Raises:
         ModelError: its output for kept tokens is another than before, since it reads ids or tables of tokens elsewhere.
     """
+    check_rows(model, kept, key)
     embeddings: Any = model.get_input_embeddings()
     ids = {old: new for new, old in enumerate(kept)}
     _check_tables(model, len(embeddings.weight), key)
@@ -128,6 +129,17 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> N
             f"{key}: expected a model that reads the embeddings of its tokens alone, got {type(model).__name__}, whose "
             "output for the kept tokens changes with their ids. Keep all tokens."
         )
+
+
+def check_rows(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> None:
+    """Check that embeddings and head have a row for each kept token."""
+    for weight in _by_token(model):
+        if len(weight) <= max(kept):
+            raise ModelError(
+                f"{key}: expected a {type(model).__name__} with a row for each token of its tokenizer, got "
+                f"{len(weight)} rows and the token {max(kept)}. Resize it with resize_token_embeddings, or use the "
+                "tokenizer it was trained with."
+            )
 
 
 def _output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -74,16 +74,22 @@ class StudentBuilder:
         model = self._new()
         if self.recipe.task == "causal":
             set_end_tokens(model, self._end_tokens(model), self.tokenizer.eos_token_id)
-            self._set_pad_token(model)
+            self._set_generation(model)
         return model
 
-    def _set_pad_token(self, model: Any) -> None:
-        """Let a designed student's own generation pad as its source's does, or else with its tokenizer's pad token."""
+    def _set_generation(self, model: Any) -> None:
+        """Let a designed student generate with a cache and pad as its source does, or with its tokenizer's pad token.
+
+        A config that a training has saved may say `use_cache: false`, which is of the training.
+        """
         generation = getattr(model, "generation_config", None)
-        if self.design is not None and generation is not None and generation.pad_token_id is None:
+        if self.design is None or generation is None:
+            return
+        of_source = getattr(self.source, "generation_config", None)
+        generation.use_cache = getattr(of_source, "use_cache", None)
+        if generation.pad_token_id is None:
             same = self.recipe.student.tokenizer is None  # the source has the student's tokens
-            of_source = getattr(self.source, "generation_config", None) if same else None
-            pad = getattr(of_source, "pad_token_id", None)
+            pad = getattr(of_source, "pad_token_id", None) if same else None
             generation.pad_token_id = self.tokenizer.pad_token_id if pad is None else pad
 
     def _end_tokens(self, model: Any) -> frozenset[int]:

@@ -92,7 +92,7 @@ def search_shape(recipe: Recipe, directory: Path, console: Console) -> tuple[Rec
 
     The directory gets search.json and search.html. What an earlier search for the same recipe measured there is kept.
     """
-    request = recipe.model_dump(mode="json", exclude={"name", "output", "evaluate"}, exclude_none=True)
+    request = recipe.measured_request(directory)
     record = _read(directory, request)
     if record is None:
         record = _search(recipe, directory, request, console)

@@ -32,8 +32,7 @@ def fix_timed_shape(recipe: Recipe, directory: Path) -> tuple[Recipe, str]:
     budget = recipe.student.design
     assert isinstance(budget, BudgetPart)
     directory.mkdir(parents=True, exist_ok=True)
-    request = recipe.model_dump(mode="json", include={"teacher", "student"})
-    kept = FinishedParts(directory / "timed-shape.json", request)
+    kept = FinishedParts(directory / "timed-shape.json", recipe.measured_request(directory))
     found = kept.get("found", lambda: _timed_shape(recipe), keep=bool)
     shape, design = DesignShape(**found["shape"]), found["design"]
     note = (
