@@ -171,6 +171,14 @@ def test_a_finished_search_is_of_its_data_and_of_steps_of_as_many_rows(
     assert len(searches) == 2
 
 
+def test_a_search_gives_losses_of_the_same_step() -> None:
+    sizes = vars(design_shape(TEACHER))
+    rows = [{**sizes, "parameters": 9, "losses": losses} for losses in ([(0, 6.0), (8, 7.5)], [(0, 7.0)])]
+    note = search._note({"chosen": 0, "rows": 4, "shapes": rows})
+    assert "7.500 after 8 steps, 9 parameters" in note
+    assert note.endswith(": 7.000 pruned (6.000).")  # at the end it has more than that
+
+
 def test_importance_is_measured_once_and_gives_the_student_of_a_plain_recipe(
     searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -473,9 +473,13 @@ def test_ids_in_configs_are_new_ones_or_those_of_no_token() -> None:
     )  # fmt: skip
     model = ModernBertDecoderForCausalLM(config)
     model.generation_config.bad_words_ids = [[20, 30], [20, 7]]
+    model.generation_config.sequence_bias = [[[20, 30], 1.5], [[7], -2.0]]
+    model.generation_config.force_words_ids = [[7]]
     trim_model(model, [0, *range(20, 62)])
     assert (config.cls_token_id, config.sep_token_id, config.bos_token_id, config.eos_token_id) == (-1, 1, -1, 1)
     assert model.generation_config.bad_words_ids == [[1, 11]]
+    assert model.generation_config.sequence_bias == [[[1, 11], 1.5]]
+    assert model.generation_config.force_words_ids is None  # an empty list is refused in generation
 
 
 def test_other_tables_of_tokens_are_refused() -> None:

@@ -212,9 +212,11 @@ def _note(record: dict[str, Any]) -> str:
 
     chosen = record["shapes"][record["chosen"]]
     others = sorted((row for row in record["shapes"] if row is not chosen), key=lambda row: -row["losses"][-1][0])
+    own = dict(chosen["losses"])  # others were left out at earlier steps
+    beaten = "; ".join(f"{result(row)} ({own[row['losses'][-1][0]]:.3f})" for row in others)
     return (
-        f"student.design.search: {result(chosen)}, {chosen['parameters']:,} parameters. Its loss on "
-        f"{record['rows']} training rows was better than that of {'; '.join(map(result, others))}."
+        f"student.design.search: {result(chosen)}, {chosen['parameters']:,} parameters. Losses are of "
+        f"{record['rows']} training rows; those of the others, with its own at the same step: {beaten}."
     )
 
 
