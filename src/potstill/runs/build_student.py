@@ -18,7 +18,7 @@ from potstill.data.batches import in_batches, pad_token_id
 from potstill.errors import RecipeError
 from potstill.evaluate.speed import forward_seconds
 from potstill.losses.alignment import Task
-from potstill.models.adapted import is_adapted, is_quantized
+from potstill.models.adapted import is_adapted, is_quantized, merged
 from potstill.models.adapters import adapt
 from potstill.models.budget import Budget, parse_count
 from potstill.models.chat import end_token_ids, set_end_tokens
@@ -137,10 +137,17 @@ def _check_reloads(model: Any, task: Task) -> None:
 
 
 def load_source(recipe: Recipe, loaded: LoadedTeacher, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """Load student.model where a designed student is cut from it; None where it is cut from its teacher, or not cut."""
+    """Load what a designed student is cut from: student.model, or a teacher whose adapter has to be merged for that.
+
+    None where it is cut from its teacher as it is, or not cut.
+    """
     name = recipe.student.model
-    if name is None or recipe.student.design is None:
+    if recipe.student.design is None:
         return None
+    if name is None:
+        if recipe.student.initialize.method == "random" or not is_adapted(loaded.model):
+            return None
+        return merged(load_model(str(recipe.teacher.model_path), "teacher.model", "float32", recipe.task))
     if is_adapter(name):
         raise RecipeError(
             f"student.model: expected a whole model, to be cut to the design, got an adapter, {name}. Merge it with "
