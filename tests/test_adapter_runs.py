@@ -22,7 +22,7 @@ from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, UserError
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.adapters import Lora, adapt
-from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.loading import load_config, load_model, suppress_warnings
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -320,3 +320,4 @@ def test_a_student_of_a_teacher_with_an_adapter_begins_with_both(
         logits = [m.eval()(ids).logits.float() for m in (built.loaded.model, built.new_student())]
     assert torch.allclose(*logits, atol=1e-4)
     assert not any("random" in note for note in built.notes)
+    assert load_config(str(tmp_path / "adapted"), "teacher").hidden_size == built.loaded.config.hidden_size
