@@ -320,4 +320,22 @@ def test_a_student_of_a_teacher_with_an_adapter_begins_with_both(
         logits = [m.eval()(ids).logits.float() for m in (built.loaded.model, built.new_student())]
     assert torch.allclose(*logits, atol=1e-4)
     assert not any("random" in note for note in built.notes)
-    assert load_config(str(tmp_path / "adapted"), "teacher").hidden_size == built.loaded.config.hidden_size
+    assert load_config(str(tmp_path / "adapted"), "teacher").hidden_size == 16
+
+
+def test_the_size_of_a_cut_teacher_with_an_adapter_is_in_its_bases_precision(
+    recipe_values: dict[str, Any], toys: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toys / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(toys / "teacher", dtype=torch.bfloat16)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    adapted = adapt(model, Lora(rank=2), seed=0, tokenizer=tokenizer).float()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapted")
+    recipe_values["teacher"] = {"model": str(tmp_path / "adapted")}
+    recipe_values["student"]["vocabulary"] = {"keep": 280}
+    recipe_values["train"]["max_steps"] = 1
+    recipe_values["evaluate"] = {"continuations": 0}
+    teacher = quiet_run(recipe_values).summary["rows"]["teacher"]
+    assert teacher["bytes"] == 2 * teacher["parameters"]
