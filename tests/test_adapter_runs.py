@@ -22,7 +22,7 @@ from potstill.data.sources import Source
 from potstill.errors import ModelError, RecipeError, UserError
 from potstill.models.adapted import is_adapted, parameter_count
 from potstill.models.adapters import Lora, adapt
-from potstill.models.loading import load_model, suppress_warnings
+from potstill.models.loading import load_config, load_model, suppress_warnings
 from potstill.runs.build import build_run
 from potstill.runs.check import check
 from potstill.runs.config.run import Recipe
@@ -297,3 +297,45 @@ def test_another_adapters_checkpoint_is_refused(tmp_path: Path) -> None:
     other = trainer(tmp_path, student=adapt(make_llama(hidden_size=8), Lora(rank=4)), **arguments)
     with pytest.raises(UserError, match="expected the weights of this adapter"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("vocabulary", [None, {"keep": 280}])
+def test_a_student_of_a_teacher_with_an_adapter_begins_with_both(
+    recipe_values: dict[str, Any], toys: Path, tmp_path: Path, vocabulary: dict[str, Any] | None
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(toys / "teacher")
+    adapted = adapt(model, Lora(rank=2), seed=0, tokenizer=AutoTokenizer.from_pretrained(toys / "teacher"))
+    adapted.peft_config["default"].base_model_name_or_path = str(toys / "teacher")
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    adapted.save_pretrained(tmp_path / "adapted")
+    recipe_values["teacher"] = {"model": str(tmp_path / "adapted")}
+    start = {"method": "prune", "fit": False}
+    recipe_values["student"] = {"design": {"num_hidden_layers": 2}, "initialize": start, "vocabulary": vocabulary}
+    built = build_run(Recipe.parse(recipe_values))
+    ids = torch.arange(8)[None] + 20
+    with torch.no_grad():
+        logits = [m.eval()(ids).logits.float() for m in (built.loaded.model, built.new_student())]
+    assert torch.allclose(*logits, atol=1e-4)
+    assert not any("random" in note for note in built.notes)
+    assert load_config(str(tmp_path / "adapted"), "teacher").hidden_size == 16
+
+
+def test_the_size_of_a_cut_teacher_with_an_adapter_is_in_its_bases_precision(
+    recipe_values: dict[str, Any], toys: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toys / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(toys / "teacher", dtype=torch.bfloat16)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    adapted = adapt(model, Lora(rank=2), seed=0, tokenizer=tokenizer).float()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapted")
+    recipe_values["teacher"] = {"model": str(tmp_path / "adapted")}
+    recipe_values["student"]["vocabulary"] = {"keep": 280}
+    recipe_values["train"]["max_steps"] = 1
+    recipe_values["evaluate"] = {"continuations": 0}
+    teacher = quiet_run(recipe_values).summary["rows"]["teacher"]
+    assert teacher["bytes"] == 2 * teacher["parameters"]

@@ -55,6 +55,16 @@ def notes_of(recipe: dict[str, Any]) -> str:
     return "\n".join(build_run(Recipe.parse(recipe)).notes)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"day": "1 Jan"}])
+def test_a_template_that_writes_the_date_is_noted(
+    chats: dict[str, Any], tmp_path: Path, arguments: dict[str, str]
+) -> None:
+    day = "{% if day is not defined %}{% set day = strftime_now('%d %b') %}{% endif %}<|start|>{{ day }}<|stop|>\n"
+    (tmp_path / "dated.jinja").write_text(day + CHAT)
+    chats["data"] |= {"chat_template": str(tmp_path / "dated.jinja"), "chat_template_kwargs": arguments}
+    assert ("chat template: it writes the date into each row" in notes_of(chats)) is not bool(arguments)
+
+
 def test_the_student_ends_where_teacher_and_template_do(chats: dict[str, Any]) -> None:
     built = build_run(Recipe.parse(chats))
     stop = built.tokenizer.convert_tokens_to_ids("<|stop|>")

@@ -125,6 +125,17 @@ def report_of(directory):
     return page
 
 
+@pytest.mark.parametrize(
+    ("curve", "measured", "caption"),
+    [(430, 430, None), (128, 430, "128 of the held-out rows; the table uses all of them."), (128, 200, "uses 200.")],
+)
+def test_the_rows_of_the_curves_are_those_of_the_table_or_named(run_directory, summary, curve, measured, caption):
+    summary["curve"] = {"rows": curve}
+    summary["data"]["eval_measured"] = measured
+    text = report_of(run_directory(summary)).text
+    assert "of the held-out rows; the table" not in text if caption is None else caption in text
+
+
 def test_the_page_has_all_its_parts(run_directory, summary):
     page = report_of(run_directory(summary))
     assert page.all("html") == [{"lang": "en"}]

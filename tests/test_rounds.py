@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_its_shares_and_fitted_layers_are_of_that_model(cut: dict[str, Any]) -> 
     larger = load_model(cut["student"]["model"], "student", "float32", "causal")
     assert built.size.all == pytest.approx(larger.num_parameters() / 1.5, rel=0.05)
     assert any("fitted to the larger model's hidden states" in note for note in built.notes)
+
+
+def test_a_student_of_a_model_that_was_saved_by_a_training_generates_with_a_cache(cut: dict[str, Any]) -> None:
+    path = Path(cut["student"]["model"]) / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"use_cache": False}))
+    try:
+        student = build_run(Recipe.parse(cut)).new_student()
+    finally:
+        path.write_text(before)
+    assert student.generation_config.use_cache is not False
 
 
 def test_a_vocabulary_is_cut_once_from_both_models(cut: dict[str, Any]) -> None:

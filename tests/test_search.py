@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -144,6 +145,40 @@ def test_a_run_takes_the_best_shape_and_a_killed_search_goes_on(
     assert not (directory / "search-parts.json").exists()
     run(recipe, resume=True, console=QUIET)
     assert len(measured) == 3
+
+
+def test_a_finished_search_is_of_its_data_and_of_steps_of_as_many_rows(
+    searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"design": {"num_hidden_layers": 1}, "parameters": 1, "losses": [(0, 1.0)], **vars(design_shape(TEACHER))}
+    searches = list[Any]()
+
+    def found(recipe: Recipe, directory: Path, request: Any, console: Console) -> dict[str, Any]:
+        searches.append(request)
+        return {"request": request, "rows": 1, "chosen": 0, "shapes": [shape]}
+
+    monkeypatch.setattr(search, "_search", found)
+    monkeypatch.setattr(search, "write_search_report", lambda directory: None)
+    directory, data = Path(searched["output"]), Path(searched["output"]).with_name("train.jsonl")
+    data.write_text(Path(searched["data"]["train"]["path"]).read_text())
+    searched["data"]["train"]["path"] = str(data)
+    directory.mkdir()
+    search_shape(Recipe.parse(searched), directory, QUIET)
+    searched["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    os.utime(data, (0, 0))  # as in a copy on another machine
+    search_shape(Recipe.parse(searched), directory, QUIET)
+    assert len(searches) == 1
+    data.write_text(data.read_text() + json.dumps({"text": "another row"}) + "\n")
+    search_shape(Recipe.parse(searched), directory, QUIET)
+    assert len(searches) == 2
+
+
+def test_a_search_gives_losses_of_the_same_step() -> None:
+    sizes = vars(design_shape(TEACHER))
+    rows = [{**sizes, "parameters": 9, "losses": losses} for losses in ([(0, 6.0), (8, 7.5)], [(0, 7.0)])]
+    note = search._note({"chosen": 0, "rows": 4, "shapes": rows})
+    assert "7.500 after 8 steps, 9 parameters" in note
+    assert note.endswith(": 7.000 pruned (6.000).")  # at the end it has more than that
 
 
 def test_importance_is_measured_once_and_gives_the_student_of_a_plain_recipe(

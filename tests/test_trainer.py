@@ -326,6 +326,12 @@ def test_a_checkpoint_is_a_plain_student(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-3" / "training_args.bin").exists()
 
 
+def test_a_training_leaves_the_config_as_it_is(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["use_cache"] is True
+
+
 def test_the_best_model_is_loaded(tmp_path: Path) -> None:
     one = trainer(
         tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,

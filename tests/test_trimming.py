@@ -401,6 +401,35 @@ def test_logits_are_those_of_the_kept_tokens(tied: bool) -> None:
     assert model.generation_config.eos_token_id == [2]
 
 
+@pytest.mark.parametrize("part", ["teacher", "student"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    recipe_values: dict[str, Any], toys: Path, tmp_path: Path, part: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toys / "teacher")
+    tokenizer.add_tokens(["<|more|>", "<|still more|>"])
+    make_llama(vocab_size=300).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    recipe_values["teacher"] = {"model": str(tmp_path / "small" if part == "teacher" else toys / "teacher")}
+    if part == "student":
+        recipe_values["objective"] = [{"term": "chunks"}, {"term": "labels"}]
+        recipe_values["student"] = {"model": str(tmp_path / "small")}
+    recipe_values["student"]["vocabulary"] = {"keep": "data"}
+    with pytest.raises(ModelError, match=r"a row for each token of its tokenizer, got 300 rows and the token 301\."):
+        build_run(Recipe.parse(recipe_values))
+
+
+def test_a_text_is_counted_with_all_of_its_long_rows(recipe_values: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(recipe_values["data"]["train"]["path"]).read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    row = {"prompt": " ".join(texts), "completion": "The end, zzz."}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    recipe_values["student"]["vocabulary"] = {"keep": "data", "text": {"path": str(tmp_path / "long.jsonl")}}
+    whole = AutoTokenizer.from_pretrained(recipe_values["teacher"]["model"])
+    kept = build_run(Recipe.parse(recipe_values)).tokenizer.get_vocab()
+    needed = whole.convert_ids_to_tokens(whole(row["prompt"] + row["completion"])["input_ids"])
+    assert {*needed} <= {*kept}
+
+
 def test_a_masked_model_keeps_the_biases_of_its_head() -> None:
     config = BertConfig(
         vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -444,9 +473,13 @@ def test_ids_in_configs_are_new_ones_or_those_of_no_token() -> None:
     )  # fmt: skip
     model = ModernBertDecoderForCausalLM(config)
     model.generation_config.bad_words_ids = [[20, 30], [20, 7]]
+    model.generation_config.sequence_bias = [[[20, 30], 1.5], [[7], -2.0]]
+    model.generation_config.force_words_ids = [[7]]
     trim_model(model, [0, *range(20, 62)])
     assert (config.cls_token_id, config.sep_token_id, config.bos_token_id, config.eos_token_id) == (-1, 1, -1, 1)
     assert model.generation_config.bad_words_ids == [[1, 11]]
+    assert model.generation_config.sequence_bias == [[[1, 11], 1.5]]
+    assert model.generation_config.force_words_ids is None  # an empty list is refused in generation
 
 
 def test_other_tables_of_tokens_are_refused() -> None:

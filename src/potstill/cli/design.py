@@ -89,7 +89,7 @@ def design(
         if search is not None or vocabulary == "auto":
             assert data is not None, "it is checked"
             return _search(teacher, search, data, limits | {"keep": keep, "context": tokens}, part, out)
-        size = None if part is None else _count_kept(teacher, part, tokens)
+        size = None if part is None else _count_kept(teacher, part)
         if size is not None and not any(limit is not None for limit in limits.values()):
             student = student_config(config, {}, size)
         else:
@@ -180,14 +180,15 @@ def _vocabulary_part(vocabulary: str | None, data: Path | None, search: int | No
     return {"keep": vocabulary if named else int(vocabulary), "text": {"path": str(data)}}
 
 
-def _count_kept(teacher: str, part: dict[str, Any], max_length: int) -> int:
+def _count_kept(teacher: str, part: dict[str, Any]) -> int:
     """Count the tokens that a student keeps, with the teacher's tokenizer."""
     from potstill.data.sources import Source
     from potstill.models.loading import load_tokenizer
-    from potstill.runs.vocabulary import tokens_of
+    from potstill.runs.vocabulary import tokens_of, whole_text
 
     tokenizer = load_tokenizer(teacher, "--teacher")
-    kept = tokens_of(Source(**part["text"]), tokenizer, part["keep"], "--vocabulary", max_length=max_length)
+    text, options = whole_text(Source(**part["text"]))
+    kept = tokens_of(text, tokenizer, part["keep"], "--vocabulary", **options)
     return len(kept)
 
 

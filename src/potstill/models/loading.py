@@ -415,6 +415,9 @@ def adapter_base(name: str) -> str | None:
 
 
 def load_config(name: str, key: str) -> PretrainedConfig:
+    """Load the config of a model, or of an adapter's base where the adapter was saved without one."""
+    if is_adapter(name) and not (Path(name).expanduser() / "config.json").exists():
+        name = adapter_base(name) or name
     config: PretrainedConfig = _load(auto.AutoConfig, "a model's config.json", name, key)
     if not all(isinstance(architecture, str) for architecture in config.architectures or ()):
         wrong = ValueError("architectures are no names")

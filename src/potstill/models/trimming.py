@@ -22,7 +22,7 @@ from potstill.models.split import undisturbed
 
 KEY = "student.vocabulary"  # of the recipe
 TOKEN_FIELDS = (  # of configs, beside those whose names end in _token_id or _token_index
-    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias"),
     *("pad_index", "bos_index", "eos_index", "unk_index", "mask_index"),
 )
 OPTIONAL_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of most configs; others need a number
@@ -106,6 +106,7 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> N
     Raises:
         ModelError: its output for kept tokens is another than before, since it reads ids or tables of tokens elsewhere.
     """
+    check_rows(model, kept, key)
     embeddings: Any = model.get_input_embeddings()
     ids = {old: new for new, old in enumerate(kept)}
     _check_tables(model, len(embeddings.weight), key)
@@ -128,6 +129,17 @@ def trim_model(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> N
             f"{key}: expected a model that reads the embeddings of its tokens alone, got {type(model).__name__}, whose "
             "output for the kept tokens changes with their ids. Keep all tokens."
         )
+
+
+def check_rows(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> None:
+    """Check that embeddings and head have a row for each kept token."""
+    for weight in _by_token(model):
+        if len(weight) <= max(kept):
+            raise ModelError(
+                f"{key}: expected a {type(model).__name__} with a row for each token of its tokenizer, got "
+                f"{len(weight)} rows and the token {max(kept)}. Resize it with resize_token_embeddings, or use the "
+                "tokenizer it was trained with."
+            )
 
 
 def _output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -178,6 +190,7 @@ def _renumber(model: PreTrainedModel, ids: Mapping[int, int]) -> None:
             if value is not None and (name.endswith(("_token_id", "_token_index")) or name in TOKEN_FIELDS):
                 new = _new_ids(value, ids)
                 needs_number = isinstance(config, PretrainedConfig) and name not in OPTIONAL_FIELDS
+                needs_number &= isinstance(value, int)
                 try:
                     setattr(config, name, NO_TOKEN if new is None and needs_number else new)
                 except StrictDataclassFieldValidationError:
@@ -185,12 +198,17 @@ def _renumber(model: PreTrainedModel, ids: Mapping[int, int]) -> None:
 
 
 def _new_ids(value: Any, ids: Mapping[int, int]) -> Any:
-    """The new id of a token or None, those of a list that are kept, or the lists of which all are kept."""
-    if isinstance(value, list) and any(isinstance(words, list) for words in value):
-        return [[ids[token] for token in words] for words in value if ids.keys() >= {*words}]
-    if isinstance(value, list):
+    """The new id of a token or None, those of a list that are kept, or the lists of which all are kept.
+
+    Lists may have a bias each, as in `sequence_bias`; where none is kept it is None.
+    """
+    if not isinstance(value, list):
+        return ids.get(value) if isinstance(value, int) else value
+    if not any(isinstance(words, list) for words in value):
         return [ids[token] for token in value if token in ids]
-    return ids.get(value) if isinstance(value, int) else value
+    if all(isinstance(words[0], list) for words in value):
+        return [[[ids[token] for token in words], bias] for words, bias in value if ids.keys() >= {*words}] or None
+    return [[ids[token] for token in words] for words in value if ids.keys() >= {*words}] or None
 
 
 @dataclass(frozen=True)

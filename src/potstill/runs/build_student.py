@@ -18,7 +18,7 @@ from potstill.data.batches import in_batches, pad_token_id
 from potstill.errors import RecipeError
 from potstill.evaluate.speed import forward_seconds
 from potstill.losses.alignment import Task
-from potstill.models.adapted import is_adapted, is_quantized
+from potstill.models.adapted import is_adapted, is_quantized, merged
 from potstill.models.adapters import adapt
 from potstill.models.budget import Budget, parse_count
 from potstill.models.chat import end_token_ids, set_end_tokens
@@ -74,16 +74,22 @@ class StudentBuilder:
         model = self._new()
         if self.recipe.task == "causal":
             set_end_tokens(model, self._end_tokens(model), self.tokenizer.eos_token_id)
-            self._set_pad_token(model)
+            self._set_generation(model)
         return model
 
-    def _set_pad_token(self, model: Any) -> None:
-        """Let a designed student's own generation pad as its source's does, or else with its tokenizer's pad token."""
+    def _set_generation(self, model: Any) -> None:
+        """Let a designed student generate with a cache and pad as its source does, or with its tokenizer's pad token.
+
+        A config that a training has saved may say `use_cache: false`, which is of the training.
+        """
         generation = getattr(model, "generation_config", None)
-        if self.design is not None and generation is not None and generation.pad_token_id is None:
+        if self.design is None or generation is None:
+            return
+        of_source = getattr(self.source, "generation_config", None)
+        generation.use_cache = getattr(of_source, "use_cache", None)
+        if generation.pad_token_id is None:
             same = self.recipe.student.tokenizer is None  # the source has the student's tokens
-            of_source = getattr(self.source, "generation_config", None) if same else None
-            pad = getattr(of_source, "pad_token_id", None)
+            pad = getattr(of_source, "pad_token_id", None) if same else None
             generation.pad_token_id = self.tokenizer.pad_token_id if pad is None else pad
 
     def _end_tokens(self, model: Any) -> frozenset[int]:
@@ -131,10 +137,17 @@ def _check_reloads(model: Any, task: Task) -> None:
 
 
 def load_source(recipe: Recipe, loaded: LoadedTeacher, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """Load student.model where a designed student is cut from it; None where it is cut from its teacher, or not cut."""
+    """Load what a designed student is cut from: student.model, or a teacher whose adapter has to be merged for that.
+
+    None where it is cut from its teacher as it is, or not cut.
+    """
     name = recipe.student.model
-    if name is None or recipe.student.design is None:
+    if recipe.student.design is None:
         return None
+    if name is None:
+        if recipe.student.initialize.method == "random" or not is_adapted(loaded.model):
+            return None
+        return merged(load_model(str(recipe.teacher.model_path), "teacher.model", "float32", recipe.task))
     if is_adapter(name):
         raise RecipeError(
             f"student.model: expected a whole model, to be cut to the design, got an adapter, {name}. Merge it with "

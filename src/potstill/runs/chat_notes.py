@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from potstill.teachers.source import LoadedTeacher
 COMPARED_ROWS = 3  # rendered by the templates of teacher and student
 PROBED_ROWS, PROBED_TOKENS = 3, 128  # on which the teacher reads plain prompts, and the same as chats
 CANDIDATE_ROWS = 32  # of which the shortest are probed
+OTHER_DAY = "{%- macro strftime_now(format) -%}another day{%- endmacro -%}"  # in place of the function of this name
 MUCH = 0.5  # nats by which the teacher's loss is lower behind its chat template
 
 
@@ -36,12 +39,35 @@ def chat_notes(
         train: encoded training rows.
         held_out: the source of held-out conversations, which both templates render.
     """
+    yield from _date_notes(held_out, tokenizer)
     if loaded.tokenizer.chat_template is None:
         return
     if tokenizer is not loaded.tokenizer and tokenizer.chat_template is not None:
         yield from _template_notes(held_out, loaded.tokenizer, tokenizer)
     if loaded.model is not None and not loaded.teacher.other_tokenizer:
         yield from _prompt_notes(loaded.model, tokenizer, train)
+
+
+def _date_notes(held_out: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Report a template that writes the day on which rows are encoded into them."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return
+    dataset, kind = load(held_out, "causal")[:2]
+    if kind != "messages":
+        return
+    other = copy.copy(tokenizer)
+    other.chat_template = OTHER_DAY + template
+    messages = json.loads(dataset[0]["messages"])
+    with suppress(DataError):  # it is reported where the row is encoded
+        text, of_other_day = (render_chat(one, messages, "a row") for one in (tokenizer, other))
+        if text != of_other_day:
+            start = common_prefix(text, of_other_day)
+            yield (
+                f"chat template: it writes the date into each row: {text[max(0, start - 20) : start + 20]!r}. A run "
+                "that is resumed on another day, or reads a cache of another day, can have other rows. Give the date "
+                "in data.chat_template_kwargs, as date_string for Llama 3, or write it into data.chat_template."
+            )
 
 
 def _template_notes(

@@ -260,7 +260,8 @@ def _scores(built: BuiltRun, students: Mapping[str, Path], of: _Measured) -> rec
         rows[name]["saved_as"] = describe_precision(folders[name])
         rows[name]["latency_ms"] = of.latency[name].median_ms
     if built.recipe.student.vocabulary is not None and "teacher" in models:  # it is smaller than on the disk
-        dtype = saved_dtype(folders["teacher"]) or models["teacher"].dtype
+        saved = None if is_adapted(models["teacher"]) else saved_dtype(folders["teacher"])  # an adapter has its own
+        dtype = saved or models["teacher"].dtype
         rows["teacher"]["bytes"] = rows["teacher"]["parameters"] * dtype.itemsize
     if "teacher" not in models and of.teacher_loss is not None:
         rows["teacher"] = dict.fromkeys(rows["student"]) | {"loss": of.teacher_loss}

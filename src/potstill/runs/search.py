@@ -43,7 +43,6 @@ from potstill.runs.build_student import (
     calibration_precision,
     initialization_of,
 )
-from potstill.runs.config.inputs import input_digests
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart
 from potstill.runs.finished_parts import FinishedParts
@@ -93,8 +92,7 @@ def search_shape(recipe: Recipe, directory: Path, console: Console) -> tuple[Rec
 
     The directory gets search.json and search.html. What an earlier search for the same recipe measured there is kept.
     """
-    request = recipe.model_dump(mode="json", exclude={"name", "output", "evaluate"}, exclude_none=True)
-    request["inputs"] = input_digests(request, directory)
+    request = recipe.measured_request(directory)
     record = _read(directory, request)
     if record is None:
         record = _search(recipe, directory, request, console)
@@ -214,9 +212,11 @@ def _note(record: dict[str, Any]) -> str:
 
     chosen = record["shapes"][record["chosen"]]
     others = sorted((row for row in record["shapes"] if row is not chosen), key=lambda row: -row["losses"][-1][0])
+    own = dict(chosen["losses"])  # others were left out at earlier steps
+    beaten = "; ".join(f"{result(row)} ({own[row['losses'][-1][0]]:.3f})" for row in others)
     return (
-        f"student.design.search: {result(chosen)}, {chosen['parameters']:,} parameters. Its loss on "
-        f"{record['rows']} training rows was better than that of {'; '.join(map(result, others))}."
+        f"student.design.search: {result(chosen)}, {chosen['parameters']:,} parameters. Losses are of "
+        f"{record['rows']} training rows; those of the others, with its own at the same step: {beaten}."
     )
 
 

@@ -13,7 +13,6 @@ from potstill.models.loading import suppress_warnings
 from potstill.models.shapes import DesignShape, config_fields, design_shape, text_config
 from potstill.runs.build import build_run
 from potstill.runs.build_student import StudentBuilder, calibrated_quickly
-from potstill.runs.config.inputs import input_digests
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart
 from potstill.runs.finished_parts import FinishedParts
@@ -33,9 +32,7 @@ def fix_timed_shape(recipe: Recipe, directory: Path) -> tuple[Recipe, str]:
     budget = recipe.student.design
     assert isinstance(budget, BudgetPart)
     directory.mkdir(parents=True, exist_ok=True)
-    request = recipe.model_dump(mode="json", include={"teacher", "student"})
-    request["inputs"] = input_digests(request, directory)
-    kept = FinishedParts(directory / "timed-shape.json", request)
+    kept = FinishedParts(directory / "timed-shape.json", recipe.measured_request(directory))
     found = kept.get("found", lambda: _timed_shape(recipe), keep=bool)
     shape, design = DesignShape(**found["shape"]), found["design"]
     note = (

@@ -25,18 +25,19 @@ from potstill.evaluate.quality import logits_in_parts, outputs_at
 from potstill.evaluate.sequence import measure
 from potstill.evaluate.speed import bytes_on_disk
 from potstill.evaluate.time_limit import TimeLimit
-from potstill.losses.alignment import SEQUENCE_TASKS, causal_alignment
+from potstill.losses.alignment import causal_alignment
 from potstill.models.chat import set_chat_template
 from potstill.models.heads import class_ids
 from potstill.models.placement import is_spread, move
 from potstill.models.precision import describe_precision
 from potstill.models.split import evaluation_mode, split_model
-from potstill.models.trimming import KEY, choose_tokens, trim_model, trim_tokenizer
+from potstill.models.trimming import KEY, check_rows, choose_tokens, trim_model, trim_tokenizer
 from potstill.runs.config.run import Recipe
 from potstill.teachers.source import LoadedTeacher
 
 PROBE_ROWS = 16  # held-out rows on which the teacher is measured with all tokens and with the kept ones
 PROBE_BATCH = 4  # rows
+COUNTED_LENGTH = 2**14  # tokens of a row, longer ones are split: parts of a prompt alone would not be counted
 
 
 class KeptTokens(NamedTuple):
@@ -64,8 +65,8 @@ def keep_tokens(
                 f"{rows.title}. Give its text, or keep all tokens."
             )
     source, options = recipe.data.train if part.text is None else part.text, _options(recipe)
-    if recipe.task in SEQUENCE_TASKS and part.text is not None:
-        options["task"] = "encoder"  # a text without labels
+    if part.text is not None:
+        source, options = whole_text(part.text)
     elif recipe.task == "classification" and config is not None:
         options["classes"] = class_ids(config)
     if part.keep == "auto":
@@ -73,6 +74,11 @@ def keep_tokens(
         return None
     kept = tokens_of(source, tokenizer, part.keep, **options)
     return KeptTokens(kept, trim_tokenizer(tokenizer, kept), tokenizer)
+
+
+def whole_text(text: Source) -> tuple[Source, dict[str, Any]]:
+    """Return a text in which tokens are counted, and options of `encode`: no labels, and rows that no training cuts."""
+    return replace(text, long_rows=text.long_rows or "split"), {"max_length": COUNTED_LENGTH, "task": "causal"}
 
 
 def tokens_of(
@@ -108,6 +114,7 @@ def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tup
             "student.vocabulary: expected a teacher on one device, whose vocabulary is cut too, got one with "
             "device_map. Leave it out, or keep all tokens."
         )
+    check_rows(loaded.model, kept.ids)
     if recipe.task == "causal":
         rows = _held_out(recipe, kept.whole)
         bits = bits_per_byte(loaded.model, rows, kept.whole)

@@ -14,7 +14,6 @@ from datasets import Dataset
 from rich.console import Console
 
 from potstill.data.batches import in_batches
-from potstill.data.sources import in_parts
 from potstill.errors import ModelError, RecipeError, one_line
 from potstill.evaluate.sequence import measure
 from potstill.models.loading import load_config, load_tokenizer, suppress_warnings, vocabulary_size
@@ -24,7 +23,7 @@ from potstill.runs.build import build_run
 from potstill.runs.build_student import StudentBuilder, budget_config, calibrated_quickly, initialization_of
 from potstill.runs.config.run import Recipe
 from potstill.runs.config.student import BudgetPart
-from potstill.runs.finished_parts import FinishedParts, fingerprint
+from potstill.runs.finished_parts import FinishedParts
 from potstill.runs.vocabulary import PROBE_BATCH, keep_tokens
 
 RATIO = 0.7  # of the tokens that were compared last
@@ -48,11 +47,8 @@ def choose_vocabulary_size(recipe: Recipe, directory: Path, console: Console) ->
     part, design = recipe.student.vocabulary, recipe.student.design
     assert part is not None
     assert isinstance(design, BudgetPart)
-    paths = [model, recipe.teacher.model_path, *(source.path for source in in_parts(recipe.data.train))]
-    paths += [source.path for source in in_parts(part.text or ())]
-    request = recipe.model_dump(mode="json", exclude={"name", "output", "evaluate"}, exclude_none=True)
     directory.mkdir(parents=True, exist_ok=True)
-    finished = FinishedParts(directory / PARTS, [request, *(fingerprint(str(path)) for path in paths)])
+    finished = FinishedParts(directory / PARTS, recipe.measured_request(directory))
     whole = size = vocabulary_size(tokenizer)
     least, measured = len(choose_tokens(tokenizer, {}, "data")), dict[int, float]()
     while size >= least:

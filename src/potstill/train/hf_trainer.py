@@ -78,7 +78,10 @@ class StudentTrainer(Trainer):
         self._train_sums, self._eval_sums = LogSums(), LogSums()
         if args.n_gpu > 1:  # several GPUs need torchrun: nn.DataParallel would copy the teacher in every step
             args._n_gpu = 1
+        cached = getattr(distiller.config, "use_cache", None)
         super().__init__(model=distiller, args=args, **kwargs)
+        if cached is not None:  # transformers sets it to that of a training; a saved student would generate without
+            distiller.config.use_cache = cached
 
     # The batches of one optimiser step, and what their loss is divided by.
 

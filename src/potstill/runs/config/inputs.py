@@ -24,7 +24,7 @@ PIECES, PIECE_BYTES = 64, 2**14
 
 def write_inputs(directory: Path, recipe: Mapping[str, Any]) -> None:
     """Write the checksums of the files and folders that a recipe names into a run directory."""
-    write_json(directory / INPUTS, input_digests(recipe, directory))
+    write_json(directory / INPUTS, digests(recipe, directory))
 
 
 def changed_inputs(directory: Path, recipe: Mapping[str, Any]) -> list[str]:
@@ -33,20 +33,20 @@ def changed_inputs(directory: Path, recipe: Mapping[str, Any]) -> list[str]:
         before = dict(json.loads((directory / INPUTS).read_bytes()))
     except (OSError, ValueError, TypeError):  # missing or damaged
         return []
-    return [path for path, now in input_digests(recipe, directory).items() if before.get(path, now) != now]
+    return [path for path, now in digests(recipe, directory).items() if before.get(path, now) != now]
 
 
-def input_digests(recipe: Mapping[str, Any], directory: Path) -> dict[str, str]:
+def digests(recipe: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """Compute the sha256 of each file, folder and pattern, by its path in the recipe; not of what is on the hub."""
-    digests = {}
+    found = {}
     for key, text in _texts(recipe):
         with suppress(OSError):  # a text that is too long for a path
             path, is_path = Path(text).expanduser(), key in _PATHS
             if path.is_file() and (is_path or path.suffix or len(path.parts) > 1):  # a field may have a file's name
-                digests[text] = _digest(path)
+                found[text] = _digest(path)
             elif is_path and (files := _files(path, directory.absolute())):
-                digests[text] = hashlib.sha256("\n".join(map(_line, files)).encode()).hexdigest()
-    return digests
+                found[text] = hashlib.sha256("\n".join(map(_line, files)).encode()).hexdigest()
+    return found
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -15,6 +16,7 @@ from potstill.models.adapters import Lora, adapter_conflicts
 from potstill.models.loading import is_adapter
 from potstill.runs.config.document import Document, Folder, Part
 from potstill.runs.config.export import ExportPart, export_mistakes
+from potstill.runs.config.inputs import digests
 from potstill.runs.config.student import StudentPart
 from potstill.runs.config.training import TrainPart, argument_names
 from potstill.runs.formats.table import FORMATS
@@ -121,6 +123,15 @@ class Recipe(Document):
         """See Document; smaller batches, and more of them in a step, make the same steps."""
         same = _with_rows_of_step(self.train) == _with_rows_of_step(earlier.train)
         return [key for key in super().changes(earlier) if key != "train" or not same]
+
+    def measured_request(self, directory: Path) -> dict[str, Any]:
+        """All that decides what a run measures before it trains: what it cannot go on without, and what its files hold.
+
+        It is JSON, and the same on another machine.
+        """
+        values = self.model_dump(mode="json", exclude={"name", "output", "evaluate"}, exclude_none=True)
+        values["train"] = _with_rows_of_step(values["train"])
+        return {"recipe": values, "inputs": digests(values, directory)}
 
     def _export_mistakes(self) -> Iterator[str]:
         if self.student.quantize is not None and self.task != "causal":
