@@ -17,6 +17,6 @@ def test_its_recipe_its_commands_and_its_code_run(toys: Path, tmp_path: Path, mo
     pytest.importorskip("bitsandbytes")
     shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(*blocks(PAGE, "yaml"))
+    (tmp_path / "recipe.yaml").write_text(blocks(PAGE, "yaml")[0])
     run_commands(*blocks(PAGE, "console"))
     run_python(*blocks(PAGE, "python"))

@@ -75,7 +75,9 @@ def test_the_rehearsal_runs_without_the_packages_of_recipes(tmp_path: Path) -> N
     program += f"; sys.argv = ['gpu.py', '--dry', '--out', {str(tmp_path)!r}]; runpy.run_path({str(BENCHMARKS / 'gpu.py')!r}, run_name='__main__')"  # fmt: skip  # noqa: E501
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    ended = {line["part"] for line in map(json.loads, (tmp_path / "rows.jsonl").open()) if "done" in line}
+    ended = {
+        line["part"] for line in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()) if "done" in line
+    }
     assert ended == {"kernels", "loss, V of Llama", "loss, V of Qwen", "memory", "step", "packing", "device_map"}
 
 

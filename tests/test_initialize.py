@@ -521,3 +521,10 @@ def test_a_recipe_designs_by_a_budget(recipe_values: dict[str, Any]) -> None:
 def test_mistakes_in_a_recipe(recipe_values: dict[str, Any], student: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(recipe_values, **student)
+
+
+def test_layers_are_not_chosen_without_text() -> None:
+    teacher = random_student(families.small("llama"), 1)
+    config = student_config(teacher.config, {"num_hidden_layers": 1}, 128)
+    with pytest.raises(ModelError, match="expected text to choose layers by, got none"):
+        plan_initialization(teacher, config, "copy", layers="importance", calibration=list)

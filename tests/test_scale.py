@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from potstill.cli import main
 from potstill.errors import UserError
 from potstill.runs import run as pipeline
+from potstill.runs import steps
 from potstill.runs.config.run import Recipe
 from potstill.teachers.self_taught import EMATeacher
 from potstill.teachers.teacher import Teacher
@@ -52,7 +53,7 @@ def _run(recipe: str, *more: str, kill_at: int | None = None) -> None:
     if "fsdp" in Path(recipe).read_text():
         shard_on_cpu()
     if kill_at is not None:
-        pipeline.MetricsFile = type("Killing", (_Killing,), {"at": kill_at})
+        steps.MetricsFile = type("Killing", (_Killing,), {"at": kill_at})
     sys.argv = ["potstill", "run", recipe, *more]
     try:
         main()

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parent.parent
-OTHER_THAN_PYTHON = {".j2", ".c", ".yaml", ".json", ".safetensors", ".log", ".md", ".typed"}
+OTHER_THAN_PYTHON = {".j2", ".c", ".yaml", ".json", ".safetensors", ".log", ".md", ".typed", ".pyi"}
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,11 @@ class _BlockInfluence:
 
     @property
     def scores(self) -> Tensor:
+        if not self.tokens:
+            raise ModelError(
+                "student.initialize: expected text to choose layers by, got none. Give batches of it (calibration), or "
+                "copy evenly spaced layers (layers: uniform)."
+            )
         return torch.tensor([total / self.tokens for total in self.sums], dtype=torch.float64)
 
 
