@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +215,8 @@ def training_arguments(built: BuiltRun, name: str, checkpoints: Path) -> Distill
     sixth = max(1, steps // 6)
     defaults = {"logging_steps": max(1, steps // 60), "save_total_limit": 1, "per_device_eval_batch_size": EVAL_ROWS}
     intervals = {"eval_strategy": "steps", "eval_steps": sixth, "save_strategy": "steps", "save_steps": sixth}
-    values: dict[str, Any] = {**defaults, **intervals, **built.recipe.train, "bf16": built.plan.bf16}
+    given = deepcopy(built.recipe.train)  # TrainingArguments writes into fsdp_config
+    values: dict[str, Any] = {**defaults, **intervals, **given, "bf16": built.plan.bf16}
     values |= {"packing": built.packed is not None, "max_length": built.recipe.data.max_length}
     values["run_name"] = f"{values.get('run_name') or built.recipe.name} {name}"
     try:
