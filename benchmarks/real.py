@@ -74,6 +74,10 @@ class Row(NamedTuple):
     own_text: bool = False  # the teacher writes what the student learns from, as chats
     corrected: bool = False  # the teacher is first trained on the labels of the same texts
 
+    @property
+    def trained(self) -> list[str]:
+        return ["student", "baseline"] if self.cached is None else ["student"]  # labels are the same without a cache
+
 
 def cut(layers: int, units: int, **options: Any) -> dict[str, Any]:
     """A student of some of its teacher's layers, and of some feed-forward units of each."""
@@ -257,8 +261,7 @@ def tasks(models: Path, out: Path) -> Iterator[Path]:
 
 def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: Record) -> None:
     """Train a row's student, and the same on labels alone; measure what is not measured yet."""
-    trained = ["student", "baseline"][: 1 if row.cached is not None else 2]  # labels are the same without a cache
-    last = trained[-1] if row.tokens else "start"
+    last = row.trained[-1] if row.tokens else "start"
     if record.has(row=name, model=last):
         return
     recipe, seconds = recipe_of(name, row, args, texts), 0
@@ -287,7 +290,7 @@ def train(name: str, row: Row, args: argparse.Namespace, texts: Texts, record: R
         began = time.process_time()
         walk(STEPS, built, args.out / name, console)
         seconds += round(time.process_time() - began)
-        for model in trained:
+        for model in row.trained:
             if record.has(row=name, model=model):
                 continue
             facts = quality(saved(args.out / name / model), teacher, built.tokenizer, texts)
@@ -332,7 +335,7 @@ def recipe_of(name: str, row: Row, args: argparse.Namespace, texts: Texts) -> Re
         "objective": row.objective, "output": str(args.out / name),
         "train": {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": row.rate,
                   "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": has_bfloat16()},
-        "evaluate": {"baseline": row.cached is None, "continuations": 4, "curve_rows": 8},
+        "evaluate": {"baseline": "baseline" in row.trained, "continuations": 4, "curve_rows": 8},
     })  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def _new_ids(value: Any, ids: Mapping[int, int]) -> Any:
         return ids.get(value) if isinstance(value, int) else value
     if not any(isinstance(words, list) for words in value):
         return [ids[token] for token in value if token in ids]
-    if all(isinstance(words[0], list) for words in value):
+    if all(words and isinstance(words[0], list) for words in value):
         return [[[ids[token] for token in words], bias] for words, bias in value if ids.keys() >= {*words}] or None
     return [[ids[token] for token in words] for words in value if ids.keys() >= {*words}] or None
 

@@ -45,7 +45,7 @@ def _exported(run: Path) -> Iterator[Path]:
         yield run / FOLDER / FILE
     for file in () if exports is None else exports.files:
         path = run / FOLDER / file.file
-        if not path.exists() or digest(path) != (file.sha256 or digest(path)):
+        if not path.exists() or (file.sha256 and digest(path) != file.sha256):
             raise UserError(
                 f"push: expected {path} as it was measured, got another or none. Export it again, or delete "
                 f"{run / FOLDER / FILE} and what it is of, and run potstill report {run}."
