@@ -20,7 +20,7 @@ from potstill.losses.schedule import linear
 from potstill.losses.targets import DenseTargets
 from potstill.losses.token_losses import token_divergence
 from potstill.train.arguments import DistillationConfig
-from potstill.train.checkpoints import last_checkpoint
+from potstill.train.checkpoints import fill_states, last_checkpoint
 from potstill.train.distiller import Distiller
 from potstill.train.objective import Objective
 from potstill.train.terms.logits import Labels, Logits
@@ -368,3 +368,22 @@ def test_no_checkpoint_with_nan_weights(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="a NaN or infinite weight in student"):
         one.train()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_each_trained_weight_gets_a_state_and_none_changes(kind: Any) -> None:
+    used, unused, frozen = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = kind([{"params": [used, frozen]}, {"params": [unused], "weight_decay": 0.5}], lr=0.1)
+    used.grad = torch.ones(3)
+    optimizer.step()
+    expected, state = used.detach().clone(), {key: value.clone() for key, value in optimizer.state[used].items()}
+    fill_states(optimizer)
+    assert optimizer.state[unused].keys() == state.keys()
+    assert frozen not in optimizer.state
+    torch.testing.assert_close(used.detach(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(unused.detach(), torch.ones(3), rtol=0, atol=0)
+    torch.testing.assert_close(dict(optimizer.state[used]), state, rtol=0, atol=0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert used.grad is not None
+    assert unused.grad is None

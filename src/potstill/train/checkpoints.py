@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, zeros_like
+from torch.optim import Optimizer
 
 from potstill.errors import UserError
 from potstill.models.checksums import CHECKSUMS, check_folder, missing_files, write_checksums
@@ -70,6 +71,30 @@ def check_ranks(checkpoint: Path, ranks: int) -> None:
             "many, with torchrun --nproc-per-node if they are several, or choose another directory with --set "
             "output=DIR."
         )
+
+
+def fill_states(optimizer: Optimizer) -> None:
+    """Give a state to each trainable parameter that has none: FSDP cannot load a checkpoint without them.
+
+    A parameter without gradients has none: the head, where all terms compare layers. A step of rate 0 makes it, and
+    leaves all weights as they are.
+    """
+    trained = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
+    without = [each for each in trained if not optimizer.state.get(each)]
+    if not without:
+        return
+    rates, gradients = [group["lr"] for group in optimizer.param_groups], [each.grad for each in trained]
+    for parameter in trained:
+        parameter.grad = None
+    for parameter in without:
+        parameter.grad = zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def _is_complete(checkpoint: Path) -> bool:

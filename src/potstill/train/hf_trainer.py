@@ -24,7 +24,7 @@ from potstill.models.adapted import is_adapted, save_student
 from potstill.models.checksums import CHECKSUMS, write_checksums
 from potstill.models.loading import load_adapter
 from potstill.models.split import run
-from potstill.train.checkpoints import TEACHER, check_checkpoint, last_checkpoint, restore, restore_teacher
+from potstill.train.checkpoints import TEACHER, check_checkpoint, fill_states, last_checkpoint, restore, restore_teacher
 from potstill.train.distiller import Distiller, StepOutput
 from potstill.train.latent_weights import LATENT, LatentWeights
 from potstill.train.rollout import Rollout
@@ -178,6 +178,9 @@ class StudentTrainer(Trainer):
             if state and self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
+        if self.is_fsdp_enabled:
+            wrapper: Any = self.optimizer
+            fill_states(wrapper.optimizer)
         if self.rollout is not None:
             self.rollout.save(folder, self.args.process_index)
         super()._save_checkpoint(model, trial)
