@@ -120,7 +120,11 @@ def test_merged_it_is_a_plain_model(values: dict[str, Any], kind: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(whole.directory / "student")
     assert plain.num_parameters() == whole.summary["rows"]["student"]["parameters"]
     row = torch.arange(2, 22)[None]
-    expected = load_model(str(apart.directory / "student"), "student").eval()(input_ids=row).logits
+    student = load_model(str(apart.directory / "student"), "student").eval()
+    for layer in student.modules():
+        if hasattr(layer, "compute_dtype"):
+            layer.compute_dtype = torch.float32  # type: ignore[assignment]  # bfloat16 where the processor has it
+    expected = student(input_ids=row).logits
     torch.testing.assert_close(plain(input_ids=row).logits, expected, rtol=1e-4, atol=1e-4)
     assert "merged" in (whole.directory / "student" / "README.md").read_text()
 
