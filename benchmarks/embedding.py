@@ -177,7 +177,7 @@ def exported(args: argparse.Namespace) -> None:
     from potstill import Source, export
     from potstill.evaluate.exported import FOLDER, read_exports
     from potstill.evaluate.formatting import size
-    from potstill.runs.export import load_sentence_model
+    from potstill.runs.export_inputs import sentence_bench
     from potstill.runs.formats.graphs import GraphRows
     from potstill.runs.formats.onnx_runtime import open_onnx
     from potstill.runs.formats.openvino import open_openvino
@@ -195,7 +195,7 @@ def exported(args: argparse.Namespace) -> None:
         return float(spearmanr((unit[first] * unit[second]).sum(1), scores).statistic)
 
     print("| file | size | STS-B | difference of similarities | texts/s | peak memory |\n|---|---|---|---|---|---|")
-    model, exports = load_sentence_model(teacher_folder()), read_exports(folder)
+    model, exports = sentence_bench(teacher_folder()).student, read_exports(folder)
     began = time.process_time()
     vectors = torch.from_numpy(model.text_model.model.encode(texts, batch_size=64, show_progress_bar=False))
     speed = len(texts) / (time.process_time() - began)

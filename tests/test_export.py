@@ -38,6 +38,7 @@ from potstill.runs.formats.gguf_families import gguf_family
 from potstill.runs.formats.gguf_file import write_gguf
 from potstill.runs.formats.llama_cpp import LlamaCpp, check_survives
 from potstill.runs.formats.loaded import LoadedFile
+from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.table import FORMATS
 from test_quantize import weights_of
 from test_report import run_directory, summary  # noqa: F401  # fixtures
@@ -398,7 +399,7 @@ def test_what_is_in_the_way_is_refused_before_anything_is_measured(
     def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(runs_export, "Bench", fail)
+    monkeypatch.setattr(Bench, "start", fail)
     out = model / "export"
     (out / "student-f16.gguf").mkdir(parents=True)
     with pytest.raises(UserError, match=r"expected a file to write, or nothing, at .*student-f16.gguf, got a folder"):
@@ -474,9 +475,9 @@ def test_exports_stand_in_the_report_and_on_the_card(model: Path, run_directory:
     run = run_directory(summary)
     shutil.copytree(model, run / "student", dirs_exist_ok=True)
     tokenizer, student = AutoTokenizer.from_pretrained(model), make_llama(hidden_size=8, layers=1)
-    measured: dict[str, Any] = {"rows": None, "teacher": None, "student_folder": run / "student"}
+    bench = Bench(tokenizer, student=student)
     runs_export.export_model(
-        student, tokenizer, {"gguf": ["q8_0"]}, run / "export", **measured, console=Console(quiet=True)
+        bench, {"gguf": ["q8_0"]}, run / "export", saved=run / "student", console=Console(quiet=True)
     )
     for page in (write_report(run), write_student_card(run)):
         text = page.read_text(encoding="utf-8")

@@ -134,12 +134,13 @@ def test_a_head_over_vectors_alone_is_refused(embedder: Path, tmp_path: Path) ->
 def test_a_folder_of_sentence_transformers_is_read_as_one(
     embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs_export, "export_model", lambda *arguments, **options: (arguments, options))
+    monkeypatch.setattr(runs_export, "export_model", lambda bench, *arguments, **options: bench)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
-    _, options = export(embedder, "onnx", data=Source(str(tmp_path / "texts.jsonl")), out=tmp_path / "out")
-    assert options["task"] == "embedding" and options["rows"]["text"][:3] == WORDS[:3]
-    assert max(map(len, options["rows"]["input_ids"])) <= 32, "the tokens that the model reads"
-    assert export(embedder, "onnx")[1]["rows"] is None
+    bench: Any = export(embedder, "onnx", data=Source(str(tmp_path / "texts.jsonl")), out=tmp_path / "out")
+    assert bench.task == "embedding" and bench.rows["text"][:3] == WORDS[:3]
+    assert max(map(len, bench.rows["input_ids"])) <= 32, "the tokens that the model reads"
+    bench = export(embedder, "onnx")
+    assert bench.rows is None
     with pytest.raises(UserError, match="--teacher: expected none for a sentence-transformers model, got other"):
         export(embedder, "onnx", teacher="other")
     (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")

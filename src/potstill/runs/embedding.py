@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -113,13 +113,13 @@ def _export(recipe: EmbeddingRecipe, data: EmbeddingData, directory: Path, conso
     """Write the files that the recipe's `export` names, and measure them on the held-out texts."""
     if not recipe.export:
         return
-    from potstill.runs.export import export_model, load_sentence_model, text_rows  # needs packages of an extra
+    from potstill.runs.export import export_model  # needs packages of an extra
+    from potstill.runs.export_inputs import sentence_bench, text_rows
 
-    model = load_sentence_model(str(directory / "student"))
-    rows = text_rows(data.held_out_texts or [], model.tokenizer)
-    measured: dict[str, Any] = {"rows": rows, "teacher": None, "student_folder": directory / "student"}
-    kinds = export_kinds(recipe.export)
-    export_model(model, model.tokenizer, kinds, directory / FOLDER, task="embedding", **measured, console=console)
+    saved = directory / "student"
+    bench = sentence_bench(str(saved))
+    bench = replace(bench, rows=text_rows(data.held_out_texts or [], bench.tokenizer))
+    export_model(bench, export_kinds(recipe.export), directory / FOLDER, saved=saved, console=console)
 
 
 def _rehearse(recipe: EmbeddingRecipe, data: EmbeddingData) -> None:

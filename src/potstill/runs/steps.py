@@ -79,18 +79,13 @@ def export_student(built: BuiltRun, directory: Path, console: Console) -> None:
     if not built.recipe.export:
         return
     from potstill.runs.export import export_model  # needs packages of an extra
+    from potstill.runs.formats.measure import Bench
 
+    saved, task = directory / "student", built.recipe.task
     teacher = built.loaded.model if built.alignment_stats is None else None
-    task = built.recipe.task
-    model = load_model(str(directory / "student"), "student", "float32", task)
-    measured: dict[str, Any] = {
-        "task": task,
-        "rows": built.eval.dataset,
-        "teacher": teacher,
-        "student_folder": directory / "student",
-    }
-    kinds = export_kinds(built.recipe.export)
-    export_model(model, built.tokenizer, kinds, directory / FOLDER, **measured, console=console)
+    model = load_model(str(saved), "student", "float32", task)
+    bench = Bench(built.tokenizer, built.eval.dataset, model, teacher, task)
+    export_model(bench, export_kinds(built.recipe.export), directory / FOLDER, saved=saved, console=console)
 
 
 def write_pages(built: BuiltRun, directory: Path, console: Console) -> None:
