@@ -74,7 +74,8 @@ def test_ray_killed_and_resumed_writes_what_one_process_writes(recipe: Path, tmp
 
 
 @pytest.mark.slow
-def test_a_mistake_there_is_one_line_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["a row", "the start"])
+def test_a_mistake_there_is_one_line_here(where: str) -> None:
     pytest.importorskip("ray")
     script = (
         "from potstill.errors import PotstillError, UserError\n"
@@ -82,14 +83,14 @@ def test_a_mistake_there_is_one_line_here(tmp_path: Path) -> None:
         "def begin(request):\n"
         "    def do(row):\n"
         "        raise UserError(f'{request}: expected this, got that.')\n"
-        "    return do\n"
+        "    return do if request == 'a row' else do(request)\n"
         "try:\n"
-        "    list(map_rows('work', [{'n': 1}], begin, 'here'))\n"
+        f"    list(map_rows('work', [{{'n': 1}}], begin, {where!r}))\n"
         "except PotstillError as error:\n"
         "    print(type(error).__name__, error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1] == "UserError here: expected this, got that.", done.stderr
+    assert done.stdout.splitlines()[-1] == f"UserError {where}: expected this, got that.", done.stderr
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:

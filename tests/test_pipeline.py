@@ -187,6 +187,7 @@ def test_a_signal_ends_the_training_behind_its_step(
         update(progress, done, *arguments, **named)
 
     monkeypatch.setattr(PartProgress, "update", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         quiet_run(recipe_values)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ from potstill.errors import PotstillError, UserError
 
 Row = dict[str, Any]
 RowFunction = Callable[[Row], Row]
+_MISTAKE = "potstill_mistake"  # key of a pickled error in place of a result
 
 
 def start_ray(command: str) -> Any:
@@ -38,17 +41,19 @@ def map_rows(
         concurrency=(1, len(rows)),
         num_gpus=gpus,
     )
-    try:
-        yield from results.iter_rows()
-    except ray.exceptions.RayError as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
-        raise cause if isinstance(cause, PotstillError) else error from None
+    for row in results.iter_rows():
+        if _MISTAKE in row:
+            raise pickle.loads(row[_MISTAKE])
+        yield row
 
 
 class _RowWorker:
     def __init__(self, folder: Path, make_function: Callable[..., RowFunction], request: Any) -> None:
         os.chdir(folder)  # paths in recipes are relative to it
-        self._function = make_function(request)
+        self._make_function = cache(partial(make_function, request))
 
     def __call__(self, row: Row) -> Row:
-        return self._function(row)
+        try:
+            return self._make_function()(row)
+        except PotstillError as error:  # which Ray would wrap, each version in its own way
+            return {_MISTAKE: pickle.dumps(error)}
