@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from conftest import make_batch, make_llama, make_tokenizer, quiet_run
@@ -99,6 +100,13 @@ def test_a_graph_holds_the_trained_weights(case: str, kind: Any, tmp_path: Path)
     latent, rounded = (onnx.load(tmp_path / name / "model.onnx").graph for name in ("latent", "rounded"))
     blocks = {x.name: onnx.numpy_helper.to_array(x) for x in rounded.initializer if len(x.dims) == 3}
     assert len(blocks) == len(grids)
+    kinds = [grid.kind for grid in grids.values()]
+    tables = sum(isinstance(module, nn.Embedding) for module in model.modules())
+    assert kinds.count("int8") == (
+        len(grids) if kind == "int8" else tables + (not model.config.tie_word_embeddings)  # with the head
+    )
+    bits = [8 * values.shape[-1] // 32 for values in blocks.values()]
+    assert (bits.count(8), bits.count(4)) == (kinds.count("int8"), kinds.count("int4"))
     assert all(
         np.array_equal(onnx.numpy_helper.to_array(x), blocks[x.name]) for x in latent.initializer if x.name in blocks
     )

@@ -167,7 +167,7 @@ def write_onnx(
 ) -> None:
     """Write a traced model into a new folder, with the configuration and the tokenizer that it is used with.
 
-    In int8 and int4, matrices and embeddings have so many bits in blocks of 32 with a scale each.
+    In int8 and int4, matrices have so many bits in blocks of 32 with a scale each; embeddings and head have 8 in both.
     """
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))
@@ -183,7 +183,9 @@ def write_onnx(
     with tempfile.TemporaryDirectory(dir=folder) as temporary, _silent():
         plain, prepared = Path(temporary) / "plain.onnx", Path(temporary) / "prepared.onnx"
         program.save(plain, external_data=large)
-        quantize_graph(plain, prepared, folder / MODEL, large, bits=int(quantize.removeprefix("int")))
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        bits, weight = int(quantize.removeprefix("int")), None if head is None else head.weight
+        quantize_graph(plain, prepared, folder / MODEL, large, bits, weight)
 
 
 def _cache_layers(model: Any) -> list[list[tuple[int, int]]]:

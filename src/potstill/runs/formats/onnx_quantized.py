@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from potstill.models.locate import require_package
@@ -18,28 +19,55 @@ _INT8_PRODUCTS = 4  # onnxruntime multiplies quantized weights with activations 
 
 def graph_grids(model: Any, quantize: GridKind) -> dict[str, WeightGrid]:
     """The grids that a quantized graph has for the weights of a causal model, by their names there."""
-    weights, grids = dict(model.named_parameters()), dict[str, WeightGrid]()
+    weights, grids, head = dict(model.named_parameters()), dict[str, WeightGrid](), model.get_output_embeddings()
     for name, module in model.named_modules():
         if f"{name}.weight" in weights and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-            grids[f"{name}.weight"] = WeightGrid(quantize, transposed=isinstance(module, Conv1D))
+            kind: GridKind = "int8" if module is head or isinstance(module, nn.Embedding) else quantize
+            grids[f"{name}.weight"] = WeightGrid(kind, transposed=isinstance(module, Conv1D))
     return grids
 
 
-def quantize_graph(plain: Path, prepared: Path, path: Path, large: bool, bits: int) -> None:
-    """Write a graph with weights in so many bits; `prepared` is the path of a temporary file."""
+def quantize_graph(plain: Path, prepared: Path, path: Path, large: bool, bits: int, head: Tensor | None) -> None:
+    """Write a graph with weights in so many bits, but embeddings and head in 8.
+
+    Args:
+        prepared: path of a temporary file.
+        head: weight [V, H] of the language model's head, if there is one.
+    """
     quantization = require_package("onnxruntime.quantization", "onnx", "export")
+    onnx = require_package("onnx", "onnx", "export")
     # Folds what is computed from weights alone: only matrices that are weights are quantized.
     quantization.quant_pre_process(plain, prepared, skip_symbolic_shape=True, save_as_external_data=large)
     from onnxruntime.quantization import matmul_nbits_quantizer as blocks
 
+    model = onnx.load(str(prepared))
+    _separate_biases(model.graph)
     # Weights alone: one scale for all activations of a matrix costs a language model tenths of a nat.
-    quantizer = blocks.MatMulNBitsQuantizer(
-        str(prepared), bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=_INT8_PRODUCTS
-    )
-    _separate_biases(quantizer.model.model.graph)
-    quantizer.process()
-    _quantize_embeddings(quantizer.model.model.graph, quantizer.node_quantizer.qbits_block_quant, bits)
-    quantizer.model.save_model_to_file(str(path), large)
+    quantizer = partial(blocks.MatMulNBitsQuantizer, block_size=BLOCK, is_symmetric=True, accuracy_level=_INT8_PRODUCTS)
+    in_8_bits = quantizer(model, bits=8, nodes_to_exclude=[] if bits == 8 else _all_but(head, model.graph))
+    in_8_bits.process()
+    quantized = in_8_bits.model
+    if bits != 8:
+        others = quantizer(quantized.model, bits=bits)
+        others.process()
+        quantized = others.model
+    _quantize_embeddings(quantized.model.graph, in_8_bits.node_quantizer.qbits_block_quant)
+    quantized.save_model_to_file(str(path), large)
+
+
+def _all_but(head: Tensor | None, graph: Any) -> list[str]:
+    """Name all products of a graph, and return the names of those with another weight than the head's [V, H]."""
+    onnx = require_package("onnx", "onnx", "export")
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    heads = [] if head is None else [head.T.float().numpy(force=True)]
+    names = list[str]()
+    for number, node in enumerate(graph.node):
+        if node.op_type == "MatMul":
+            node.name = node.name or f"product_{number}"
+            weight = onnx.numpy_helper.to_array(weights[node.input[1]]) if node.input[1] in weights else np.empty(0)
+            if not any(np.array_equal(weight, of_head) for of_head in heads):
+                names.append(node.name)
+    return names
 
 
 def _separate_biases(graph: Any) -> None:
@@ -62,7 +90,7 @@ def _separate_biases(graph: Any) -> None:
     _replace_nodes(graph, nodes)
 
 
-def _quantize_embeddings(graph: Any, quantize: Callable[[np.ndarray], Any], bits: int) -> None:
+def _quantize_embeddings(graph: Any, quantize: Callable[[np.ndarray], Any]) -> None:
     """Replace tables of rows in float32 by blocks with a scale each, those of the head where it has the same table."""
     onnx = require_package("onnx", "onnx", "export")
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -76,7 +104,7 @@ def _quantize_embeddings(graph: Any, quantize: Callable[[np.ndarray], Any], bits
             continue
         if table.name not in names:
             blocks, scales, _ = quantize(np.ascontiguousarray(onnx.numpy_helper.to_array(table).T))
-            arrays = blocks[..., : -(-table.dims[1] * bits // 8)], scales  # a narrow row without what fills its block
+            arrays = blocks[..., : table.dims[1]], scales  # a narrow row without what fills its block
             same = (
                 pair
                 for pair in products
@@ -85,25 +113,19 @@ def _quantize_embeddings(graph: Any, quantize: Callable[[np.ndarray], Any], bits
             names[table.name] = next(same, None) or (f"{table.name}_blocks", f"{table.name}_scales")
             new = (pair for pair in zip(names[table.name], arrays, strict=True) if pair[0] not in stored)
             graph.initializer.extend([onnx.numpy_helper.from_array(array, name) for name, array in new])
-        nodes += _read_rows(onnx, names[table.name], node.input[1], node.output[0], table.dims[1], bits)
-    graph.initializer.extend(_constants(onnx, bits))
+        nodes += _read_rows(onnx, names[table.name], node.input[1], node.output[0], table.dims[1])
+    graph.initializer.extend(_constants(onnx))
     _replace_nodes(graph, nodes)
 
 
-def _read_rows(onnx: Any, names: tuple[str, str], ids: str, output: str, width: int, bits: int) -> Iterator[Any]:
-    """Nodes that read rows of blocks by ids, and compute the float32 rows of that width; low halves of bytes first."""
+def _read_rows(onnx: Any, names: tuple[str, str], ids: str, output: str, width: int) -> Iterator[Any]:
+    """Nodes that read rows of blocks by ids, and compute the float32 rows of that width."""
 
     def node(kind: str, *inputs: str, **settings: Any) -> Any:
         return onnx.helper.make_node(kind, [*inputs], [f"{output}_of_blocks_{next(numbers)}"], **settings)
 
     numbers = iter(range(99))
     yield (values := node("Gather", names[0], ids))
-    if bits == 4:
-        yield (low := node("BitwiseAnd", values.output[0], "blocks_15"))
-        yield (high := node("BitShift", values.output[0], "blocks_4", direction="RIGHT"))
-        yield (low := node("Unsqueeze", low.output[0], "blocks_last"))
-        yield (high := node("Unsqueeze", high.output[0], "blocks_last"))
-        yield (values := node("Concat", low.output[0], high.output[0], axis=-1))
     yield (values := node("Cast", values.output[0], to=onnx.TensorProto.FLOAT))
     yield (values := node("Sub", values.output[0], "blocks_zero"))
     yield (scales := node("Gather", names[1], ids))
@@ -116,14 +138,12 @@ def _read_rows(onnx: Any, names: tuple[str, str], ids: str, output: str, width: 
     yield onnx.helper.make_node("Slice", [values.output[0], "blocks_start", end.output[0], "blocks_last"], [output])
 
 
-def _constants(onnx: Any, bits: int) -> list[Any]:
+def _constants(onnx: Any) -> list[Any]:
     values = {
-        "blocks_zero": np.float32(2 ** (bits - 1)),
-        "blocks_axes": np.array([-1] if bits == 8 else [-2, -1]),
+        "blocks_zero": np.float32(128),
+        "blocks_axes": np.array([-1]),
         "blocks_last": np.array([-1]),
         "blocks_start": np.array([0]),
-        "blocks_15": np.uint8(15),
-        "blocks_4": np.uint8(4),
     }
     return [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
 
