@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from potstill.evaluate.formatting import nats, percent, times
 from potstill.evaluate.summary import ScoresByModel, Summary, check_summary
@@ -22,70 +23,124 @@ def verdict(summary: Summary | Mapping[str, Any]) -> str:
         return leak
     if summary.task == "encoder":
         return _encoder_verdict(summary.rows)
-    rows, unit = summary.rows, "squared error" if summary.task == "regression" else "nats"
-    student = rows.student.loss
-    teacher, baseline = (row.loss if row else math.nan for row in (rows.teacher, rows.baseline))
-    if not math.isfinite(student):
+    outcome = _Outcome.of(summary)
+    if not math.isfinite(outcome.student):
         return (
             "The student's held-out loss is not a number: training diverged. Try a smaller learning rate, a longer "
             "warm-up or gradient clipping."
         )
-    whole = _loss_with_all_tokens(rows)
-    own = "its own teacher" if whole is None else "its own teacher with the same tokens"
-    surpassed = f"The student is better than {own}, {nats(student)} against {nats(teacher)} {unit} held out"
-    if not math.isfinite(baseline):
-        why = "the baseline diverged" if rows.baseline else "no baseline was run"
+    if not math.isfinite(outcome.baseline):
+        return outcome.without_baseline()
+    return outcome.undecided() or (outcome.worse() if outcome.gain < 0 else outcome.better())
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Held-out losses of a run, nan where there is none, and what to conclude from them."""
+
+    rows: ScoresByModel
+    unit: str
+    gap_closed: float | None
+    gain_error: float | None
+    student: float
+    teacher: float
+    baseline: float
+    whole_teacher: float | None  # the loss of the teacher with all its tokens, where that is better than the student's
+
+    @classmethod
+    def of(cls, summary: Summary) -> Self:
+        rows, unit = summary.rows, "squared error" if summary.task == "regression" else "nats"
+        teacher, baseline = (row.loss if row else math.nan for row in (rows.teacher, rows.baseline))
+        whole = None if rows.whole_teacher is None else rows.whole_teacher.loss
+        better = whole if whole is not None and whole < rows.student.loss else None
+        errors = summary.gap_closed, summary.gain_error
+        return cls(rows, unit, *errors, rows.student.loss, teacher, baseline, better)
+
+    @property
+    def gain(self) -> float:
+        return self.baseline - self.student
+
+    @property
+    def losses(self) -> str:
+        return f"{nats(self.student)} against {nats(self.baseline)} {self.unit} held out"
+
+    @property
+    def slightly(self) -> str:
+        return "slightly " if abs(self.gain) < _SMALL_NATS else ""
+
+    @property
+    def surpassed(self) -> str:
+        own = "its own teacher" if self.whole_teacher is None else "its own teacher with the same tokens"
+        return (
+            f"The student is better than {own}, {nats(self.student)} against {nats(self.teacher)} {self.unit} held out"
+        )
+
+    def without_baseline(self) -> str:
+        """The student beside the teacher alone."""
+        why = "the baseline diverged" if self.rows.baseline else "no baseline was run"
         unknown = f"{why}, so the teacher's contribution cannot be measured"
-        if not rows.baseline:
+        if not self.rows.baseline:
             unknown += ' (set "baseline: true" under "evaluate" in the recipe)'
-        if not math.isfinite(teacher):
-            return f"The student reaches {nats(student)} {unit} held out; {unknown}."
-        if student < teacher:
-            return f"{surpassed}; {unknown}."
-        within = f"within {nats(student - teacher)} {unit} of the teacher{_smaller(rows)}"
-        return f"The student comes {within}, {nats(student)} against {nats(teacher)} held out; {unknown}."
-    gain = baseline - student
-    losses = f"{nats(student)} against {nats(baseline)} {unit} held out"
-    slightly = "slightly " if abs(gain) < _SMALL_NATS else ""
-    if abs(gain) < 0.0005:
-        same = f"student and baseline both reach {nats(student)} {unit} held out"
-        return f"The teacher made no difference: {same}. Try more steps, another temperature or another divergence."
-    if (error := summary.gain_error) is not None and abs(gain) < 2 * error:
-        side = "better" if gain > 0 else "worse"
+        if not math.isfinite(self.teacher):
+            return f"The student reaches {nats(self.student)} {self.unit} held out; {unknown}."
+        if self.student < self.teacher:
+            return f"{self.surpassed}; {unknown}."
+        within = f"within {nats(self.student - self.teacher)} {self.unit} of the teacher{_smaller(self.rows)}"
+        return f"The student comes {within}, {nats(self.student)} against {nats(self.teacher)} held out; {unknown}."
+
+    def undecided(self) -> str | None:
+        """The sentence for a difference from the baseline that is none, or that these rows cannot show; else None."""
+        if abs(self.gain) < 0.0005:
+            same = f"student and baseline both reach {nats(self.student)} {self.unit} held out"
+            return f"The teacher made no difference: {same}. Try more steps, another temperature or another divergence."
+        if self.gain_error is None or abs(self.gain) >= 2 * self.gain_error:
+            return None
+        side = "better" if self.gain > 0 else "worse"
         return (
-            f"The student is {side} than the baseline, {losses}, by less than two standard errors of the difference "
-            f"({nats(2 * error)}): these rows are too few to tell them apart. Hold out more text, or train longer."
+            f"The student is {side} than the baseline, {self.losses}, by less than two standard errors of the "
+            f"difference ({nats(2 * self.gain_error)}): these rows are too few to tell them apart. Hold out more text, "
+            "or train longer."
         )
-    if gain < 0:
+
+    def worse(self) -> str:
         advice = "temperature 1, an additional labels term, more steps, or a teacher closer to the student in size"
-        unhelpful = f"worse than the baseline, {losses}: the teacher did not help in this run"
-        return f"The student is {slightly}{unhelpful}. Instead try {advice}."
-    if not math.isfinite(teacher):
-        return f"The student is {slightly}better than the baseline, {losses}."
-    if teacher >= baseline:
+        unhelpful = f"worse than the baseline, {self.losses}: the teacher did not help in this run"
+        return f"The student is {self.slightly}{unhelpful}. Instead try {advice}."
+
+    def better(self) -> str:
+        if not math.isfinite(self.teacher):
+            return f"The student is {self.slightly}better than the baseline, {self.losses}."
+        if self.teacher >= self.baseline:
+            return (
+                f"The student is better than the baseline, {self.losses}, but the teacher ({nats(self.teacher)} "
+                f"{self.unit}) is not, so there is no gap to close. Use a stronger teacher first."
+            )
+        if self.student >= self.teacher:
+            return self._closes_gap()
+        surpassed = f"{self.surpassed} (baseline {nats(self.baseline)})."
+        if self.whole_teacher is not None:
+            return f"{surpassed} With all its tokens the teacher has {nats(self.whole_teacher)}."
         return (
-            f"The student is better than the baseline, {losses}, but the teacher ({nats(teacher)} {unit}) is not, so "
-            "there is no gap to close. Use a stronger teacher first."
+            f"{surpassed} Check that the held-out text is not in the training data; if it is not, a stronger teacher "
+            "can help further."
         )
-    if student < teacher:
-        if whole is not None:
-            return f"{surpassed} (baseline {nats(baseline)}). With all its tokens the teacher has {nats(whole)}."
-        return (
-            f"{surpassed} (baseline {nats(baseline)}). Check that the held-out text is not in the training data; if it "
-            "is not, a stronger teacher can help further."
-        )
-    share = summary.gap_closed if summary.gap_closed is not None else gain / (baseline - teacher)
-    if share < _SMALL_SHARE or gain < _SMALL_NATS:
-        advice = "there is room for more steps, another divergence or a larger student"
-        if gain < _SEED_NOISE_NATS:
-            advice = "a difference this small may be chance, so repeat the run with other seeds"
-        better = f"only slightly better than the baseline, {losses}, or {percent(share)} of the gap to the teacher"
-        return f"The student is {better}: {advice}."
-    gap = f"the gap between training without a teacher and the teacher itself{_smaller(rows)}"
-    others = f"against {nats(baseline)} for the baseline and {nats(teacher)} for the teacher"
-    closes = f"The student closes {percent(share)} of {gap}: {nats(student)} {unit} held out, {others}."
-    random = math.nan if rows.random is None else rows.random.loss
-    return f"{closes} From random weights it reaches {nats(random)}." if math.isfinite(random) else closes
+
+    def _closes_gap(self) -> str:
+        """How much of the gap between baseline and teacher is closed."""
+        share = self.gap_closed if self.gap_closed is not None else self.gain / (self.baseline - self.teacher)
+        if share < _SMALL_SHARE or self.gain < _SMALL_NATS:
+            advice = "there is room for more steps, another divergence or a larger student"
+            if self.gain < _SEED_NOISE_NATS:
+                advice = "a difference this small may be chance, so repeat the run with other seeds"
+            better = (
+                f"only slightly better than the baseline, {self.losses}, or {percent(share)} of the gap to the teacher"
+            )
+            return f"The student is {better}: {advice}."
+        gap = f"the gap between training without a teacher and the teacher itself{_smaller(self.rows)}"
+        others = f"against {nats(self.baseline)} for the baseline and {nats(self.teacher)} for the teacher"
+        closes = f"The student closes {percent(share)} of {gap}: {nats(self.student)} {self.unit} held out, {others}."
+        random = math.nan if self.rows.random is None else self.rows.random.loss
+        return f"{closes} From random weights it reaches {nats(random)}." if math.isfinite(random) else closes
 
 
 def leakage(share: float | None) -> str | None:
@@ -106,12 +161,6 @@ def _encoder_verdict(rows: ScoresByModel) -> str:
         f"The student's similarities of held-out rows correlate with the teacher's at {correlation:.3f}"
         f"{_smaller(rows)}, and it keeps {percent(recall)} of the ten nearest rows of each."
     )
-
-
-def _loss_with_all_tokens(rows: ScoresByModel) -> float | None:
-    """The loss of the teacher with all its tokens, where that is better than the student's; None where it is not."""
-    whole = rows.whole_teacher
-    return whole.loss if whole is not None and whole.loss < rows.student.loss else None
 
 
 def _smaller(rows: ScoresByModel) -> str:

@@ -150,6 +150,20 @@ class Recipe(Document):
             if task not in source.tasks:
                 tasks = ", ".join(sorted(source.tasks))
                 yield f"{key}.{source.name}: expected {key}.model for the task {task}, got a teacher for {tasks} alone."
+        yield from self._column_mistakes()
+        yield from self._label_mistakes()
+        if self.data.packing and task not in TOKEN_TASKS:
+            yield f"data.packing: expected false for the task {task}, got true. Each row is one example."
+        if task != "masked" and self.data.masked_share != MASKED_SHARE:
+            yield f"data.masked_share: expected the task masked with it, got {task}."
+        if task == "encoder" and self.evaluate.baseline:
+            yield "evaluate.baseline: expected false for the task encoder, got true. There are no labels to train on."
+        if task != "causal" and self.rollout is not None:
+            yield f"rollout: expected the task causal with it, got {task}. Other models generate no text."
+
+    def _column_mistakes(self) -> Iterator[str]:
+        """Find columns that the rows of the task do not have."""
+        task = self.task
         parts = [("train", part) for part in in_parts(self.data.train)]
         for name, part in [*parts, ("eval", self.data.eval)]:
             given = [key for key, value in vars(part).items() if value is not None]
@@ -161,22 +175,17 @@ class Recipe(Document):
             for key in ("prompt", "completion", "messages", "input_ids"):
                 if task not in TOKEN_TASKS and key in given:
                     yield f"data.{name}.{key}: expected field for the texts of the task {task}, got {key}."
+
+    def _label_mistakes(self) -> Iterator[str]:
+        """Find what needs the labels of rows that have none."""
         if self.data.eval.label is False:
             yield "data.eval.label: expected the column of labels, by which models are measured, got false."
-        if any(part.label is False for _, part in parts):
+        if any(part.label is False for part in in_parts(self.data.train)):
             for place, term in enumerate(self.objective):
                 if term.needs_labels:
                     yield f"objective.{place}: expected labels in data.train for {term.name}, got label: false."
             if self.evaluate.baseline:
                 yield "evaluate.baseline: expected labels in data.train to train it on, got label: false."
-        if self.data.packing and task not in TOKEN_TASKS:
-            yield f"data.packing: expected false for the task {task}, got true. Each row is one example."
-        if task != "masked" and self.data.masked_share != MASKED_SHARE:
-            yield f"data.masked_share: expected the task masked with it, got {task}."
-        if task == "encoder" and self.evaluate.baseline:
-            yield "evaluate.baseline: expected false for the task encoder, got true. There are no labels to train on."
-        if task != "causal" and self.rollout is not None:
-            yield f"rollout: expected the task causal with it, got {task}. Other models generate no text."
 
     def _random_start_mistakes(self) -> Iterator[str]:
         """Find a student whose start is not its teacher's weights, and samples of one that has learnt nothing."""

@@ -1,8 +1,9 @@
-"""Who learns."""
+"""The part `student` of a recipe: a model, or a design, and how it starts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -177,57 +178,68 @@ class StudentPart(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        model, adapter, method = self.model, self.adapter, self.initialize.method
+        for mistake in chain(self._start_mistakes(), self._choice_mistakes(), self._adapter_mistakes()):
+            raise ValueError(mistake)
+        return self
+
+    def _start_mistakes(self) -> Iterator[str]:
+        """Find a shape, a start and a tokenizer that do not go together."""
+        model, method = self.model, self.initialize.method
         if model is None and self.design is None:
-            raise ValueError("expected model or design, got neither")
+            yield "expected model or design, got neither"
         if model is not None and self.design is None and method != "random":
-            raise ValueError("expected initialize with a design, got it beside a model that keeps its shape")
+            yield "expected initialize with a design, got it beside a model that keeps its shape"
         if model is not None and self.design is not None and method == "random":
-            raise ValueError(
+            yield (
                 "expected initialize (prune, copy, truncate or selective) with model and design, which says what the "
                 "student keeps of the model, got random weights"
             )
         if model is not None and self.tokenizer is not None:
-            raise ValueError("expected tokenizer with a design alone, got it beside model, which has its own")
+            yield "expected tokenizer with a design alone, got it beside model, which has its own"
         if self.tokenizer is not None and method != "random":
-            raise ValueError(f"expected random weights with a tokenizer of its own, got {method}")
+            yield f"expected random weights with a tokenizer of its own, got {method}"
+
+    def _choice_mistakes(self) -> Iterator[str]:
+        """Find shapes, numbers of tokens and rounds that a run cannot choose or cut."""
+        method = self.initialize.method
         if self.searches and method != "prune":
-            raise ValueError(
+            yield (
                 f"expected initialize: prune with design.search, got {method}. Shapes are compared as what pruning "
                 "leaves"
             )
         if self.searches and isinstance(self.initialize.layers, list):
-            raise ValueError(
+            yield (
                 "expected a choice of layers such as importance with design.search, got numbers. Shapes differ in depth"
             )
         if self.chooses_tokens and (not isinstance(self.design, BudgetPart) or method in ("random", "selective")):
-            raise ValueError(
+            yield (
                 "expected vocabulary.keep: auto with a budget such as design: {compression: 2} and initialize: prune, "
                 "got another design or start. Sizes are compared as what pruning leaves"
             )
-        if self.rounds and (adapter or self.vocabulary):
-            what = "an adapter" if adapter else "vocabulary"
-            raise ValueError(f"expected initialize.rounds without {what}, got both. Cut first, with a run of its own")
-        if self.quantize is not None and adapter is not None:
-            raise ValueError(f"expected no adapter with quantize, which trains all weights, got {adapter.name}")
+        if self.rounds and (self.adapter or self.vocabulary):
+            what = "an adapter" if self.adapter else "vocabulary"
+            yield f"expected initialize.rounds without {what}, got both. Cut first, with a run of its own"
+        if self.quantize is not None and self.adapter is not None:
+            yield f"expected no adapter with quantize, which trains all weights, got {self.adapter.name}"
         if self.quantize is not None and self.save_dtype not in ("auto", "float32"):
-            raise ValueError(
-                f"expected save_dtype float32 with quantize, got {self.save_dtype}, which does not hold the weights"
-            )
+            yield f"expected save_dtype float32 with quantize, got {self.save_dtype}, which does not hold the weights"
+
+    def _adapter_mistakes(self) -> Iterator[str]:
+        """Find an adapter on a model that is on no disk, or has learnt nothing."""
+        adapter = self.adapter
         if adapter is None or (self.design is None and self.vocabulary is None):
-            return self
-        if self.design is not None and method == "random":
-            raise ValueError(
+            return
+        if self.design is not None and self.initialize.method == "random":
+            yield (
                 "expected an adapter on a model that has learnt something, got one on a design with random weights, "
                 "which would stay frozen. Name a model, begin with the teacher's weights (initialize), or leave it out"
             )
         if adapter.base_bits is not None or not adapter.merge:
             what, of = ("on a design", "a design") if self.design is not None else ("with vocabulary", "the cut model")
-            raise ValueError(
+            yield (
                 f"expected lora or ia3 with merge: true {what}, got {adapter.name}: {of} is on no disk, so that an "
                 "adapter alone could not be loaded again"
             )
-        return self
 
     @property
     def searches(self) -> int:
