@@ -24,7 +24,7 @@ from potstill import files
 from potstill.cli import app
 from potstill.cli.export import show_exports
 from potstill.data.sources import Source
-from potstill.errors import ModelError, RunError, UserError
+from potstill.errors import DataError, ModelError, RunError, UserError
 from potstill.evaluate.exported import ExportedFile, Exports, read_exports
 from potstill.evaluate.report.page import write_report, write_student_card
 from potstill.models.adapted import save_adapter
@@ -85,6 +85,17 @@ def test_a_model_is_measured_beside_its_teacher(model: Path, toys: Path) -> None
     f16, q8_0 = exports.files
     assert f16.notes == []
     assert "most weights of its matrices are not q8_0: 100% f16." in q8_0.notes[0]  # rows of 16 weights
+
+
+def test_paths_stand_for_data_and_teacher(model: Path, toys: Path) -> None:
+    options: dict[str, Any] = {"quantize": "f16", "max_length": 32, "tokens": 100}
+    exports = export(model, data=str(toys / "eval.jsonl"), teacher=toys / "teacher", **options)
+    assert exports.student_teacher_kl is not None
+    path, rows = model / "export/student-f16.gguf", toys / "eval.jsonl"
+    (file,) = evaluate_files([path], rows, toys / "teacher", max_length=32, tokens=100).files
+    assert file.teacher_kl == exports.files[0].teacher_kl
+    with pytest.raises(DataError, match=r"data: expected a Source or a path, got a list\. Give one"):
+        export(model, data=[str(toys / "eval.jsonl")], **options)  # type: ignore[arg-type]
 
 
 def test_each_model_runs_once_on_each_row(model: Path, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,6 +493,15 @@ def test_exports_stand_in_the_report_and_on_the_card(model: Path, run_directory:
     for page in (write_report(run), write_student_card(run)):
         text = page.read_text(encoding="utf-8")
         assert "student-q8_0.gguf" in text and "llama.cpp of xllamacpp" in text
+    runs_export.export_model(
+        bench, {"gguf": ["f16"]}, run / "export", saved=run / "student", console=Console(quiet=True)
+    )
+    for deleted, listed in (("student-q8_0.gguf", True), ("student-f16.gguf", False)):
+        (run / "export" / deleted).unlink()
+        for page in (write_report(run), write_student_card(run)):
+            text = page.read_text(encoding="utf-8")
+            assert deleted not in text
+            assert ("student-f16.gguf" in text) is ("llama.cpp of xllamacpp" in text) is listed
 
 
 def test_recipes_name_their_exports(recipe_values: dict[str, Any]) -> None:

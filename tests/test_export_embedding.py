@@ -25,6 +25,7 @@ from potstill.runs import export as runs_export
 from potstill.runs.config.embedding import EmbeddingRecipe
 from potstill.runs.embedding import run_embedding
 from potstill.runs.export import export
+from potstill.runs.export_inputs import text_rows
 from potstill.runs.formats.graphs import measure_graph
 from potstill.runs.formats.measure import Bench
 from potstill.runs.formats.onnx_runtime import open_onnx
@@ -146,6 +147,34 @@ def test_a_folder_of_sentence_transformers_is_read_as_one(
     (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     with pytest.raises(UserError, match=r"--data: expected a column of texts in .*, got none. Name it with --field"):
         export(embedder, "onnx", data=Source(str(tmp_path / "chats.jsonl")))
+
+
+@pytest.mark.parametrize(("pooling", "reads_no_tokens"), [("cls", False), ("max", False), ("mean", True)])
+def test_a_text_without_a_token_has_a_vector_where_padding_does_not_change_it(
+    pooling: str, reads_no_tokens: bool, embedder: Path
+) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    model = sentence_transformers.SentenceTransformer(str(embedder), device="cpu")
+    student = SentenceModel(sentence_transformers.SentenceTransformer(modules=[model[0], Pooling(16, pooling)]))
+    assert student.may_read_no_tokens and student.reads_no_tokens is reads_no_tokens
+    assert ("" in student.probes(), student.notes == []) == (reads_no_tokens, reads_no_tokens)
+    assert text_rows(["", WORDS[0]], student.tokenizer)["text"][:] == [WORDS[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["cls", "max"])
+def test_poolings_without_a_vector_for_no_tokens(pooling: str, embedder: Path, tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    model = sentence_transformers.SentenceTransformer(str(embedder), device="cpu")
+    model = sentence_transformers.SentenceTransformer(modules=[model[0], Pooling(16, pooling)], device="cpu")
+    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in WORDS))
+    (file,) = export(tmp_path / "model", "onnx", data=tmp_path / "texts.jsonl").files
+    assert file.kl is not None and file.kl < 1e-8 and "leave out texts without a token" in file.notes[0]
+    vectors = vectors_of(tmp_path / "model/export/student-onnx-f32", PROBES[1:])
+    np.testing.assert_allclose(vectors, model.encode(PROBES[1:], show_progress_bar=False), atol=2e-5)
 
 
 def test_what_a_graph_of_tokens_does_not_hold(embedder: Path) -> None:

@@ -163,6 +163,16 @@ def both_allowed(folder: Path) -> None:
         pass
 
 
+def test_a_path_with_a_null_character_is_one_line(recipe_values: dict[str, Any], toys: Path) -> None:
+    for key, write in (
+        ("output", lambda path: quiet_run({**recipe_values, "output": path})),
+        ("--out", lambda path: export(toys / "student", out=path)),
+        ("run", lambda path: push(path, "me/small")),
+    ):
+        with pytest.raises(RecipeError, match=f"{key}: expected a path without null characters, got a\0b. Leave them"):
+            write("a\0b")
+
+
 def test_ranks_of_one_run_share_a_lock(tmp_path: Path) -> None:
     processes.two_ranks(tmp_path, both_allowed, tmp_path / "run")
     with lock_folder(tmp_path / "run", "output"):

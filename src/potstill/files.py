@@ -153,6 +153,8 @@ def lock_folder(
     Raises:
         RecipeError: another process holds the lock, or the folder cannot be written to.
     """
+    if "\0" in str(folder):
+        raise RecipeError(f"{key}: expected a path without null characters, got {folder}. Leave them out.")
     path = folder / f".{name}.lock"
     made = [each for each in (folder, *folder.absolute().parents) if not each.exists()]
     file = None

@@ -25,7 +25,7 @@ from potstill.data.labelled import has_token_types, numbered_classes, sequence_r
 from potstill.data.loading import load
 from potstill.data.right_padding import NUMBERS, OWNER, POSITIONS, right_padded
 from potstill.data.rows import EncodedRow, RowEncoder
-from potstill.data.sources import TEACHER_ID_COLUMNS, TEACHER_PROMPT_COLUMNS, Source, SourceKind
+from potstill.data.sources import TEACHER_ID_COLUMNS, TEACHER_PROMPT_COLUMNS, Source, SourceKind, as_source
 from potstill.data.token_weights import WEIGHT_COLUMNS
 from potstill.errors import DataError, EmptyDataError
 from potstill.files import write_text
@@ -60,7 +60,7 @@ class Examples:
 
 
 def encode(
-    source: Source,
+    source: Source | str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -95,6 +95,7 @@ def encode(
     content, the tokenizer and the options.
 
     Args:
+        source: or its path alone.
         tokenizer: of the student.
         max_length: tokens of the longest example, >= 2.
         packing: joins plain text, see above.
@@ -111,6 +112,7 @@ def encode(
             f"data: expected max_length >= 2, got {max_length}. The first token of a row is never predicted. "
             "Raise max_length."
         )
+    source = as_source(source)
     dataset, kind, loading_notes, class_names = load(source, task, has_template=tokenizer.chat_template is not None)
     columns, file, span_weights = set(dataset.column_names), source.title, source.span_weights
     _check_suitable(source, kind, columns, tokenizer, packing, task)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from potstill.data.token_weights import SpanWeights
+from potstill.errors import DataError
 from potstill.losses.declared import Range, Record
 
 SourceKind = Literal["text", "completion", "messages", "input_ids", "labelled"]
@@ -100,6 +101,17 @@ class Source(Record):
         """Its name in messages: that of a file, or the whole path where it is no file."""
         path = Path(self.path)
         return str(self.path) if path.is_dir() or self.split or is_glob(path) else path.name
+
+
+def as_source(data: Source | str | Path) -> Source:
+    """The source itself, or that of a path.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if not isinstance(data, Source | str | Path):
+        raise DataError(f"data: expected a Source or a path, got a {type(data).__name__}. Give one.")
+    return data if isinstance(data, Source) else Source(data)
 
 
 def in_parts(sources: Source | Sequence[Source]) -> tuple[Source, ...]:

@@ -127,7 +127,9 @@ def _rows(exports: Exports) -> Iterator[tuple[str, ...]]:
 
 
 def export_facts(run_directory: Path) -> dict[str, Any]:
-    """The exports of a run directory, as its report and its card show them."""
-    exports = read_exports(run_directory / FOLDER)
-    columns, rows = ((), []) if exports is None else export_table(exports)
-    return {"exports": exports, "export_columns": columns, "export_rows": rows}
+    """The exports of a run directory that are there, as its report and its card show them."""
+    exports = read_exports(run_directory / FOLDER) or Exports()
+    files = [file for file in exports.files if (run_directory / FOLDER / file.file).exists()]
+    exports = exports.model_copy(update={"files": files})
+    columns, rows = export_table(exports) if files else ((), [])
+    return {"exports": exports if files else None, "export_columns": columns, "export_rows": rows}

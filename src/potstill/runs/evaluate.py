@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from potstill.data.batches import Examples, encode, pad_token_id
 from potstill.data.masking import MaskedRows
-from potstill.data.sources import Source
+from potstill.data.sources import Source, as_source
 from potstill.data.vocabulary import shared_vocabulary
 from potstill.errors import UserError
 from potstill.evaluate.formatting import duration
@@ -87,7 +87,7 @@ class _Evaluation:
 def evaluate(
     student: str,
     teacher: str | None,
-    source: Source,
+    source: Source | str | Path,
     *,
     max_length: int = 512,
     packing: bool = False,
@@ -105,6 +105,7 @@ def evaluate(
             deleted at the end.
         console: where to show progress; by default nowhere.
     """
+    source = as_source(source)
     if task != "causal" and (options.generations or options.lm_eval):
         raise UserError(
             f"--generations, --lm-eval: expected neither for the task {task}, got some. Its models do not generate."

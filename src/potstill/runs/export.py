@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from potstill.data.batches import encode
-from potstill.data.sources import Source
+from potstill.data.sources import Source, as_source
 from potstill.embedding.encoders import module_paths
 from potstill.errors import UserError, nearest
 from potstill.evaluate.exported import FOLDER, ExportedFile, Exports, ExportTask, read_exports, write_exports
@@ -43,8 +43,8 @@ def export(
     to: Format = "gguf",
     quantize: FileType | Sequence[FileType] = (),
     *,
-    data: Source | None = None,
-    teacher: str | None = None,
+    data: Source | str | Path | None = None,
+    teacher: str | Path | None = None,
     task: Task | None = None,
     max_length: int = 512,
     tokens: int = MEASURED_TOKENS,
@@ -61,7 +61,7 @@ def export(
         quantize: of the file, or of each of several: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m or
             q4_k_m for GGUF, by default f16; f32, int8 or, for ONNX, int4, by default f32. An adapter has float32, and
             its base this.
-        data: held-out data to measure a model on; a run has its own.
+        data: held-out data, or its path, to measure a model on; a run has its own.
         teacher: a model with the same tokens to compare a model with; a run has its own.
         task: of a model, by default causal; a run has its own, and a folder with modules.json gives sentence vectors.
         max_length: tokens of a row of `data`.
@@ -74,7 +74,8 @@ def export(
     folder, console = Path(student).expanduser(), console or Console(quiet=True)
     source: RunToExport | ModelToExport
     if (recipe := recipe_of(folder)) is None:
-        source = ModelToExport(str(student), data, teacher, task, max_length)
+        held_out, beside = data if data is None else as_source(data), teacher if teacher is None else str(teacher)
+        source = ModelToExport(str(student), held_out, beside, task, max_length)
         out = Path(out).expanduser() if out else folder / FOLDER if folder.is_dir() else None
         lock = nullcontext() if out is None else lock_folder(out, "--out")
     else:
@@ -168,8 +169,8 @@ def export_model(
 @suppress_warnings()
 def evaluate_files(
     files: Sequence[Path],
-    data: Source,
-    teacher: str | None = None,
+    data: Source | str | Path,
+    teacher: str | Path | None = None,
     *,
     max_length: int = 512,
     packing: bool = False,
@@ -196,7 +197,7 @@ def evaluate_files(
         model = merged(model) if is_adapted(model) else model
         bench = Bench(tokenizer, rows, model)
         if teacher is not None:
-            bench = replace(bench, teacher=load_same_teacher(teacher, bench, name))
+            bench = replace(bench, teacher=load_same_teacher(str(teacher), bench, name))
     with part(console, "measuring in transformers"):
         exports = bench.start(size)
     for path in files:

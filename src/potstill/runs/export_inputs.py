@@ -182,9 +182,10 @@ def sentence_bench(name: str) -> Bench:
 
 
 def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Make rows of texts with their tokens, which sentence vectors are measured on."""
+    """Make rows of texts with their tokens, which sentence vectors are measured on; a text has one at least."""
     texts = [*texts]
-    return Dataset.from_dict({"text": texts, "input_ids": tokenizer(texts, truncation=True)["input_ids"]})
+    rows = zip(texts, tokenizer(texts, truncation=True)["input_ids"], strict=True)
+    return Dataset.from_list([{"text": text, "input_ids": ids} for text, ids in rows if ids])
 
 
 def load_same_teacher(name: str, bench: Bench, student: str) -> Any:

@@ -34,7 +34,6 @@ from potstill.runs.formats.measure import (
     random_ids,
     seconds,
 )
-from potstill.runs.formats.sentences import PROBES
 
 _UNLIMITED = 1 << 20  # positions of a model without a limit
 _SPLIT = 9  # of the tokens that a graph reads in two passes, those of the first
@@ -216,12 +215,13 @@ def _compare_sentences(rows: GraphRows, folder: Path, compared: Any, bench: Benc
     """Compare vectors of texts with those of sentence-transformers, and check those of the model `compared`."""
     texts = [] if bench.rows is None else [*bench.rows["text"]]
     tokenizer = load_tokenizer(str(folder), "student")
-    vectors, expected = bench.student.compare(rows, tokenizer, [*PROBES, *texts])
+    probes = bench.student.probes()
+    vectors, expected = bench.student.compare(rows, tokenizer, [*probes, *texts])
     if compared is not None:
         _check_close(vectors, expected, compared)
     if len(texts) < 2:  # no pair
         return {"tokens": len(texts)}
-    measured = (vectors[len(PROBES) :], expected[len(PROBES) :])
+    measured = (vectors[len(probes) :], expected[len(probes) :])
     return {"tokens": len(texts), "kl": float(similarity_error(*measured))}
 
 

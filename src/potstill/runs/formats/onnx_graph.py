@@ -167,7 +167,8 @@ def write_onnx(
 ) -> None:
     """Write a traced model into a new folder, with the configuration and the tokenizer that it is used with.
 
-    In int8 and int4, matrices have so many bits in blocks of 32 with a scale each; embeddings and head have 8 in both.
+    In int8 and int4, matrices have so many bits in blocks of 32 with a scale each; embeddings, and a head over tokens,
+    have 8 in both.
     """
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))

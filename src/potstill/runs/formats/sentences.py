@@ -20,7 +20,7 @@ PROBES = (
     "",
     "a text",
     "Another text, which is longer.\n\N{GRINNING FACE}",
-)  # that every graph in float32 is checked on
+)
 _BATCH = 32  # texts that are padded to one length
 
 
@@ -52,6 +52,15 @@ class SentenceModel(nn.Module):
         self.may_read_no_tokens = not self.is_static and self.tokenizer.num_special_tokens_to_add() == 0
         prompt = model.prompts.get(model.default_prompt_name or "")
         self.notes = [f"put {prompt!r} before texts, as sentence-transformers does"] if prompt else []
+        self.reads_no_tokens = not self.may_read_no_tokens or self._ignores_padding()
+        if not self.reads_no_tokens:
+            self.notes.append("leave out texts without a token: their vectors would be those of padding")
+
+    @torch.no_grad()
+    def _ignores_padding(self) -> bool:
+        """Whether a row without a token has a vector that its padding does not change: one of "cls" has not."""
+        first, second = (self(ids, torch.zeros_like(ids)).sentence_embedding for ids in torch.arange(4).view(2, 1, 2))
+        return bool(first.isfinite().all()) and torch.allclose(first, second, atol=1e-4)
 
     def get_input_embeddings(self) -> Any:
         return self.first.embedding if self.is_static else self.first.auto_model.get_input_embeddings()
@@ -69,6 +78,10 @@ class SentenceModel(nn.Module):
         for module in self.others:
             features = module(features)
         return SimpleNamespace(sentence_embedding=features["sentence_embedding"])
+
+    def probes(self) -> list[str]:
+        """The texts that every graph in float32 is checked on: those that have a vector."""
+        return [text for text in PROBES if self.reads_no_tokens or self.tokenizer(text)["input_ids"]]
 
     @torch.no_grad()
     def compare(self, graph: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
