@@ -111,7 +111,8 @@ def _encoder_verdict(rows: ScoresByModel) -> str:
 def _loss_with_all_tokens(rows: ScoresByModel) -> float | None:
     """The loss of the teacher with all its tokens, where that is better than the student's; None where it is not."""
     whole = rows.whole_teacher
-    return whole.loss if whole is not None and whole.loss < rows.student.loss else None
+    known = whole is not None and whole.loss is not None
+    return whole.loss if known and whole.loss < rows.student.loss else None
 
 
 def _smaller(rows: ScoresByModel) -> str:

@@ -317,7 +317,9 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
     columns = None
     if request.data is not None:
         source = Source(request.data)
-        columns = inspection.find_columns(source, locate(source).columns, "encoder", request.columns)
+        rows = locate(source)
+        given = request.columns
+        columns = inspection.find_columns(source, rows.columns, rows.first, "encoder", given, has_template=False)
     return {
         "vectors": vectors,
         "columns": columns,
