@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 import families
@@ -191,6 +191,19 @@ def test_a_chat_model_reads_conversations_where_a_file_has_them_as_text_too(
     found = drafted(*DATA)["data"]["train"]
     assert all(found[key] in (columns, [columns]) for key, columns in expected.items())
     assert found.get("chat", False) is (has_template and "prompt" in expected)
+
+
+@pytest.mark.parametrize(("compression", "fits"), [("1.2", True), ("20", False)])
+def test_a_budget_keeps_attention_that_cannot_be_pruned(compression: str, fits: bool) -> None:
+    config = Olmo2Config(vocab_size=300, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
+    config.num_attention_heads = config.num_key_value_heads = 4
+    Olmo2ForCausalLM(config).save_pretrained("teacher")
+    if fits:
+        assert drafted(*DATA, "--compression", compression)["student"]["design"]["keep"] == "attention"
+        output_of("check", "recipe.yaml")
+    else:
+        with pytest.raises(ModelError, match=r"smallest student with the teacher's attention has"):
+            drafted(*DATA, "--compression", compression)
 
 
 def test_prompts_alone_are_no_text() -> None:

@@ -37,14 +37,8 @@ _EXTRA_KEYS: dict[str, tuple[SourceKind, ...]] = {
 CONVERSATIONS = ("conversations", "conversation")  # other usual names of messages
 PAIRS = [  # usual names of a question and its answer
     *(("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("question", "response")),
-    *(
-        ("query", "answer"),
-        ("query", "response"),
-        ("problem", "solution"),
-        ("prompt", "response"),
-        ("prompt", "answer"),
-    ),
-    ("input", "output"),
+    *(("query", "answer"), ("query", "response"), ("problem", "solution"), ("prompt", "response")),
+    *(("prompt", "answer"), ("input", "output")),
 ]
 INPUTS = ("input", "context")  # that an instruction or a question is about
 SYSTEM = ("system", "system_prompt")

@@ -111,8 +111,9 @@ def _encoder_verdict(rows: ScoresByModel) -> str:
 def _loss_with_all_tokens(rows: ScoresByModel) -> float | None:
     """The loss of the teacher with all its tokens, where that is better than the student's; None where it is not."""
     whole = rows.whole_teacher
-    known = whole is not None and whole.loss is not None
-    return whole.loss if known and whole.loss < rows.student.loss else None
+    if whole is None or whole.loss is None:
+        return None
+    return whole.loss if whole.loss < rows.student.loss else None
 
 
 def _smaller(rows: ScoresByModel) -> str:

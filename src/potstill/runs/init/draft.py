@@ -239,6 +239,8 @@ def _student(
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
     units = _fewer_units(teacher)
     design = dict(request.budget) or units or _fewer_layers(teacher)
+    if request.budget and teacher.keeps_attention:
+        design.setdefault("keep", "attention")
     student: dict[str, Any] = {"design": design}
     if teacher.can_initialize:
         student["initialize"] = "prune" if request.budget or units else "copy"

@@ -41,6 +41,7 @@ class ModelInfo(NamedTuple):
     max_length: int  # of a row, in tokens
     parameters: int
     can_initialize: bool = False  # whether a student of the same family can start from its weights
+    keeps_attention: bool = False  # such a student has its heads and width, as of OLMo 2
 
 
 def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
@@ -52,8 +53,9 @@ def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
     max_length = min(limits, default=2048)  # 10^30 means no limit
     info = ModelInfo(config, tokenizer, _task(config, path, key, task), max_length, model.num_parameters())
     with suppress(ModelError):
-        find_mixture(model) or find_structure(model)
-        info = info._replace(can_initialize=True)
+        structure = find_mixture(model) or find_structure(model)
+        whole = getattr(structure, "whole_attention", False)
+        info = info._replace(can_initialize=True, keeps_attention=whole)
     return info
 
 
