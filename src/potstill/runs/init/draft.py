@@ -238,7 +238,7 @@ def _student(
     if request.adapter:
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
     units = _fewer_units(teacher)
-    design = dict(request.budget) or units or _fewer_layers(teacher)
+    design: dict[str, Any] = dict(request.budget) or units or _fewer_layers(teacher)
     if request.budget and teacher.keeps_attention:
         design.setdefault("keep", "attention")
     student: dict[str, Any] = {"design": design}
