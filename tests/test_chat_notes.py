@@ -82,6 +82,61 @@ def test_a_designed_student_pads_as_its_teacher_does(chats: dict[str, Any], of_t
     assert built.new_student().generation_config.pad_token_id == (of_teacher or 4)
 
 
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "stop_strings": ["def"]}
+
+
+@pytest.mark.parametrize(
+    ("start", "other_tokens"), [("copy", False), ("prune", False), ("random", False), ("random", True)]
+)
+def test_a_designed_student_samples_as_its_teacher_does(
+    chats: dict[str, Any], tmp_path: Path, start: str, other_tokens: bool
+) -> None:
+    settings = SAMPLING | {"eos_token_id": [0, 7], "bad_words_ids": [[20, 30], [301]]}
+    GenerationConfig(**settings).save_pretrained(tmp_path / "teacher")
+    chats["student"]["initialize"] = start
+    if other_tokens:
+        chats["student"]["tokenizer"] = str(tmp_path / "other")
+        other = make_tokenizer()
+        other.chat_template = CHAT.replace("<|stop|>", "<end>")
+        other.save_pretrained(tmp_path / "other")
+        chats["objective"] = [{"term": "chunks"}]
+    else:
+        chats["student"]["vocabulary"] = {"keep": 270}
+    built = build_run(Recipe.parse(chats))
+    generation = built.new_student().generation_config
+    assert {name: getattr(generation, name) for name in SAMPLING} == SAMPLING
+    if other_tokens:
+        assert (generation.bad_words_ids, generation.eos_token_id) == (None, built.tokenizer.eos_token_id)
+    else:
+        ids = built.tokenizer.get_vocab()
+        names = AutoTokenizer.from_pretrained(tmp_path / "teacher").convert_ids_to_tokens([20, 30, 301, 7])
+        kept = [[ids[name] for name in words] for words in (names[:2], names[2:3]) if {*words} <= {*ids}]
+        assert generation.bad_words_ids == kept
+        assert ids[names[3]] in generation.eos_token_id
+    generation.save_pretrained(tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6}),
+        ({"temperature": 0.0}, {"do_sample": True, "temperature": None, "top_k": 1}),
+        ({"length_penalty": 2.0, "pad_token_id": -1}, {"do_sample": None, "length_penalty": None}),
+    ],
+)
+@pytest.mark.parametrize("designed", [False, True])
+def test_settings_that_transformers_refuses_to_save_are_resolved(
+    chats: dict[str, Any], tmp_path: Path, settings: dict[str, Any], saved: dict[str, Any], designed: bool
+) -> None:
+    (tmp_path / "teacher" / "generation_config.json").write_text(json.dumps(settings))
+    if not designed:
+        chats["student"] = {"model": str(tmp_path / "teacher")}
+    student = build_run(Recipe.parse(chats)).new_student()
+    student.save_pretrained(tmp_path / "student")
+    generation = GenerationConfig.from_pretrained(tmp_path / "student")
+    assert {name: getattr(generation, name) for name in saved} == saved
+
+
 def test_the_trainer_saves_the_end_of_turns(chats: dict[str, Any], tmp_path: Path) -> None:
     built = build_run(Recipe.parse(chats))
     student = make_llama(vocab_size=302)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 import families
@@ -153,6 +153,64 @@ def test_columns_of_alpaca_lose_nothing(has_template: bool) -> None:
         DataError, match=r"column 'input' of train.jsonl, .* `prompt: \[instruction, input\]`, or name it"
     ):
         output_of("init", "--teacher", "teacher", *DATA, "--prompt", "instruction", "--completion", "output", "--force")
+
+
+USER, ANSWER = {"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d e f"}
+ALPACA = {"prompt": ["instruction", "input"], "completion": "output"}
+SHAREGPT = [{"from": "human", "value": "a b c"}, {"from": "gpt", "value": "d e f"}]
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+@pytest.mark.parametrize(
+    ("row", "chat", "plain"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c d", "text": "### a b c d"}, ALPACA, {"field": "text"}),
+        ({"messages": [USER, ANSWER], "text": "a b c d e f"}, {"messages": "messages"}, {"field": "text"}),
+        ({"Text": "a b", "conversations": SHAREGPT}, {"messages": "conversations"}, {"field": "Text"}),
+        ({"text": "a b", "prompt": "a", "completion": "b c"}, {"prompt": "prompt"}, {"field": "text"}),
+        ({"prompt": "a", "chosen": "b c", "rejected": "d"}, {"prompt": "prompt", "completion": "chosen"}, None),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, {"prompt": "prompt"}, {}),
+        ({"prompt": "a", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, {"messages": "chosen"}, {}),
+        ({"question": "a", "context": "b", "answer": "c d"}, {"prompt": ["question", "context"]}, None),
+        ({"prompt": "a", "answer": "b c"}, {"prompt": "prompt", "completion": "answer"}, None),
+    ],
+)
+def test_a_chat_model_reads_conversations_where_a_file_has_them_as_text_too(
+    has_template: bool, row: dict[str, Any], chat: dict[str, Any], plain: dict[str, Any] | None
+) -> None:
+    """`plain` is what a model without a chat template reads: None for the same columns, {} for nothing."""
+    if not has_template:
+        make_tokenizer().save_pretrained("teacher")
+        Path("teacher/chat_template.jinja").unlink(missing_ok=True)
+    write(train=[row] * 20, eval=[row] * 5)
+    expected = chat if has_template or plain is None else plain
+    if not expected:
+        with pytest.raises(DataError, match="expected a tokenizer with a chat template"):
+            drafted(*DATA)
+        return
+    found = drafted(*DATA)["data"]["train"]
+    assert all(found[key] in (columns, [columns]) for key, columns in expected.items())
+    assert found.get("chat", False) is (has_template and "prompt" in expected)
+
+
+@pytest.mark.parametrize(("compression", "fits"), [("1.2", True), ("20", False)])
+def test_a_budget_keeps_attention_that_cannot_be_pruned(compression: str, fits: bool) -> None:
+    config = Olmo2Config(vocab_size=300, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
+    config.num_attention_heads = config.num_key_value_heads = 4
+    Olmo2ForCausalLM(config).save_pretrained("teacher")
+    if fits:
+        assert drafted(*DATA, "--compression", compression)["student"]["design"]["keep"] == "attention"
+        output_of("check", "recipe.yaml")
+    else:
+        with pytest.raises(ModelError, match=r"smallest student with the teacher's attention has"):
+            drafted(*DATA, "--compression", compression)
+
+
+def test_prompts_alone_are_no_text() -> None:
+    write(train=[{"prompt": "a b c"}] * 20, eval=[{"prompt": "a b c"}] * 5)
+    with pytest.raises(DataError, match=r"got prompts alone, prompt\. Let the teacher answer them .* --field prompt\."):
+        drafted(*DATA)
+    assert drafted(*DATA, "--field", "prompt")["data"]["train"]["field"] == "prompt"
 
 
 def test_splits_of_a_folder() -> None:
@@ -350,9 +408,9 @@ def test_a_mistake_is_one_line(flags: tuple[str, ...], error: type[Exception], e
 
 
 def test_ambiguous_columns_are_refused() -> None:
-    write(train=[{"text": "a b c", "prompt": "a", "completion": "b"}])
+    write(train=[{"content": "a b c", "prompt": "a", "completion": "b"}])
     with pytest.raises(
-        DataError, match=r"columns of one kind in train\.jsonl, got text, prompt, completion\. Say which"
+        DataError, match=r"columns of one kind in train\.jsonl, got content, prompt, completion\. Say which"
     ):
         output_of("init", "--teacher", "teacher", *DATA)
 

@@ -364,6 +364,31 @@ def test_a_classifier_is_cut_too(judged_rows: Path, tmp_path: Path) -> None:
         assert "token_type_ids" in built.tokenizer.model_input_names
 
 
+@pytest.mark.parametrize("task", ["classification", "masked"])
+def test_the_size_of_an_encoder_is_compared_with_that_of_the_whole_teacher(
+    judged_rows: Path, tmp_path: Path, task: str
+) -> None:
+    teacher = make_encoder("bert", task, seed=1)
+    save(teacher, Path("teacher"))
+    Path("text.txt").write_text("more words")
+    vocabulary = {"keep": "data", "text": {"path": "text.txt"}}
+    rows = quiet_run(
+        {
+            "name": "run", "task": task, "teacher": {"model": "teacher"}, "output": str(tmp_path / "run"),
+            "student": {"design": {"num_hidden_layers": 1}, "initialize": "copy", "vocabulary": vocabulary},
+            "data": {"train": {"path": "train.jsonl"}, "eval": {"path": "eval.jsonl"}, "max_length": 32},
+            "objective": [{"term": "logits"}, {"term": "labels"}], "train": {"max_steps": 1},
+        }
+    ).summary["rows"]  # fmt: skip
+    whole, cut = rows["whole_teacher"], rows["teacher"]
+    assert whole["parameters"] == teacher.num_parameters() > cut["parameters"]
+    assert whole["bytes"] == Path("teacher/model.safetensors").stat().st_size > cut["bytes"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    ratio = whole["parameters"] / rows["student"]["parameters"]
+    assert f"{ratio:.1f}" in page
+    assert ">whole teacher<" in page
+
+
 def test_rows_of_ids_are_those_of_all_tokens(recipe_values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [5, 6, 7, 8]}))
     recipe_values["data"] |= {"packing": False, "eval": {"path": str(tmp_path / "ids.jsonl")}}

@@ -37,9 +37,10 @@ _EXTRA_KEYS: dict[str, tuple[SourceKind, ...]] = {
 CONVERSATIONS = ("conversations", "conversation")  # other usual names of messages
 PAIRS = [  # usual names of a question and its answer
     *(("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("question", "response")),
-    *(("query", "answer"), ("query", "response"), ("problem", "solution"), ("prompt", "response"), ("input", "output")),
+    *(("query", "answer"), ("query", "response"), ("problem", "solution"), ("prompt", "response")),
+    *(("prompt", "answer"), ("input", "output")),
 ]
-INPUTS = ("input", "context")  # that an instruction is about
+INPUTS = ("input", "context")  # that an instruction or a question is about
 SYSTEM = ("system", "system_prompt")
 CONTEXT_COLUMNS = ("tools", "documents", "chat_template_kwargs")  # read with messages where the file has them
 GENERATED_COLUMNS: dict[SourceKind, tuple[str, ...]] = {  # of generated rows
@@ -193,7 +194,7 @@ def recognise(columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _question_and_answer(prompt: str, completion: str, columns: Sequence[str]) -> dict[str, Any]:
-    inputs = [name for name in INPUTS if prompt == "instruction" and name in columns]
+    inputs = [name for name in INPUTS if prompt != "input" and name in columns]
     usual = {"system": SYSTEM, "history": ("history",)}
     extras = {key: name for key, names in usual.items() for name in reversed(names) if name in columns}
     return {"prompt": (prompt, *inputs), "completion": completion, "chat": None, **extras}

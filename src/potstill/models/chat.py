@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from potstill.errors import DataError, one_line
+from potstill.models.generation_settings import make_savable
 from potstill.models.template_limit import TemplateLimitError, limited_rendering
 
 Message = dict[str, Any]
@@ -260,6 +261,7 @@ def set_end_tokens(model: Any, ends: frozenset[int], eos_token_id: int | None) -
     if ends and getattr(model, "generation_config", None) is not None:
         ids = sorted(ends, key=lambda i: (i != eos_token_id, i))
         model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+        make_savable(model.generation_config)
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

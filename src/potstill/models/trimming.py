@@ -142,6 +142,11 @@ def check_rows(model: PreTrainedModel, kept: Sequence[int], key: str = KEY) -> N
             )
 
 
+def names_tokens(field: str) -> bool:
+    """Whether a field of a config has ids of tokens."""
+    return field.endswith(("_token_id", "_token_index")) or field in TOKEN_FIELDS
+
+
 def _output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Compute what a model makes of a row of tokens: logits, or hidden states where it has no head."""
     ids = ids.to(model.device)
@@ -187,7 +192,7 @@ def _renumber(model: PreTrainedModel, ids: Mapping[int, int]) -> None:
     }
     for config in filter(None, configs.values()):
         for name, value in [*vars(config).items()]:
-            if value is not None and (name.endswith(("_token_id", "_token_index")) or name in TOKEN_FIELDS):
+            if value is not None and names_tokens(name):
                 new = _new_ids(value, ids)
                 needs_number = isinstance(config, PretrainedConfig) and name not in OPTIONAL_FIELDS
                 needs_number &= isinstance(value, int)

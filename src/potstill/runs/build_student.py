@@ -23,6 +23,7 @@ from potstill.models.adapters import adapt
 from potstill.models.budget import Budget, parse_count
 from potstill.models.chat import end_token_ids, set_end_tokens
 from potstill.models.design import student_config
+from potstill.models.generation_settings import take_settings
 from potstill.models.heads import set_pad_id
 from potstill.models.initialize import Initialization, plan_initialization, random_student
 from potstill.models.loading import has_bfloat16, is_adapter, load_model, vocabulary_size
@@ -73,12 +74,12 @@ class StudentBuilder:
     def __call__(self) -> Any:
         model = self._new()
         if self.recipe.task == "causal":
-            set_end_tokens(model, self._end_tokens(model), self.tokenizer.eos_token_id)
             self._set_generation(model)
+            set_end_tokens(model, self._end_tokens(model), self.tokenizer.eos_token_id)
         return model
 
     def _set_generation(self, model: Any) -> None:
-        """Let a designed student generate with a cache and pad as its source does, or with its tokenizer's pad token.
+        """Let a designed student generate as its source does, and pad with its tokenizer's token where that has none.
 
         A config that a training has saved may say `use_cache: false`, which is of the training.
         """
@@ -86,11 +87,11 @@ class StudentBuilder:
         if self.design is None or generation is None:
             return
         of_source = getattr(self.source, "generation_config", None)
-        generation.use_cache = getattr(of_source, "use_cache", None)
+        generation.use_cache = None
+        if of_source is not None:
+            take_settings(generation, of_source, tokens=self.recipe.student.tokenizer is None)
         if generation.pad_token_id is None:
-            same = self.recipe.student.tokenizer is None  # the source has the student's tokens
-            pad = getattr(of_source, "pad_token_id", None) if same else None
-            generation.pad_token_id = self.tokenizer.pad_token_id if pad is None else pad
+            generation.pad_token_id = self.tokenizer.pad_token_id
 
     def _end_tokens(self, model: Any) -> frozenset[int]:
         """Find the tokens that end a text: the student's own, its source's, and a teacher's of the same tokens."""

@@ -73,10 +73,10 @@ class RunToExport:
 
     def _check_inputs(self) -> None:
         """Refuse other held-out rows, another teacher or another base of an adapter than the run had."""
-        read: Any = {"data": {"eval"} if self.recipe.data.eval is not None else {"train"}}
-        read |= {"teacher": True} if isinstance(self.recipe, Recipe) else {}
-        read |= {"student": {"model"}} if is_adapter(str(self.student)) else {}
-        if changed := changed_inputs(self.directory, self.recipe.model_dump(mode="json", include=read)):
+        named: Any = {"data": {"eval"} if self.recipe.data.eval is not None else {"train"}}
+        named |= {"teacher": True} if isinstance(self.recipe, Recipe) else {}
+        named |= {"student": {"model"}} if is_adapter(str(self.student)) else {}
+        if changed := changed_inputs(self.directory, self.recipe.model_dump(mode="json", include=named)):
             raise UserError(
                 f"export: expected {changed[0]} as it was when the run in {self.directory} began, got another content. "
                 f"Restore it, or export {self.student} with --data."

@@ -34,7 +34,7 @@ from potstill.models.precision import describe_precision, saved_dtype
 from potstill.runs.build import BuiltRun
 from potstill.runs.compute import training_flops
 from potstill.runs.progress import PartProgress, part
-from potstill.runs.vocabulary import measure_whole_teacher
+from potstill.runs.vocabulary import bits_per_byte_of_whole_teacher
 from potstill.train.callbacks import logged_lines, seconds_of
 from potstill.train.checkpoints import last_checkpoint, restore_teacher
 from potstill.train.samples import collapse_warning
@@ -53,7 +53,7 @@ class _Measured:
     bytes: int  # of their text, where tokens are learned
     quality: Mapping[str, Any]
     teacher_loss: float | None  # of a teacher without a model here too, where it is known
-    whole: Mapping[str, Any] | None  # of the teacher with all its tokens, where some are cut
+    whole_bits: float | None  # a byte, of a causal teacher with all its tokens, where some are cut
     curve: records.CurveFacts
     continuations: list[records.Continuation]
     latency: Mapping[str, Latency]
@@ -114,10 +114,11 @@ def _measure_all(built: BuiltRun, students: Mapping[str, Path], console: Console
         quality, rows = _measure(built, teacher, trained, held_out.dataset, limit.share(0.5), progress)
     size = text_bytes(rows, built.tokenizer) if recipe.task in TOKEN_TASKS else 0
     teacher_loss = _teacher_loss(built, rows) if teacher is None else quality["teacher"].loss
-    whole = None
-    if recipe.student.vocabulary is not None and teacher is not None and recipe.task == "causal":
+    whole_bits = None
+    if built.loaded.uncut_parameters is not None and teacher is not None and recipe.task == "causal":
         with PartProgress(console, "held-out rows of the whole teacher") as progress:
-            whole = measure_whole_teacher(recipe, len(rows), held_out.max_length, limit.share(0.5), progress.update)
+            most: tuple[int, int] = (len(rows), held_out.max_length)
+            whole_bits = bits_per_byte_of_whole_teacher(recipe, *most, limit.share(0.5), progress.update)
     curve_loss, curve_rows = teacher_loss, rows
     if len(built.curve) < len(rows) or len(rows) < len(held_out.dataset):
         with PartProgress(console, "rows of the curves") as progress:
@@ -134,7 +135,7 @@ def _measure_all(built: BuiltRun, students: Mapping[str, Path], console: Console
         "continuations": (progress.done, number),
     }
     curve = records.CurveFacts(rows=len(built.curve), teacher_loss=curve_loss)
-    return _Measured(models, rows, size, quality, teacher_loss, whole, curve, continuations, latency, bounded)
+    return _Measured(models, rows, size, quality, teacher_loss, whole_bits, curve, continuations, latency, bounded)
 
 
 def _gain(built: BuiltRun, of: _Measured) -> dict[str, Any]:
@@ -259,7 +260,9 @@ def _scores(built: BuiltRun, students: Mapping[str, Path], of: _Measured) -> rec
         rows[name] |= {"active_parameters": counts[name].active} if has_experts else {}
         rows[name]["saved_as"] = describe_precision(folders[name])
         rows[name]["latency_ms"] = of.latency[name].median_ms
-    if built.recipe.student.vocabulary is not None and "teacher" in models:  # it is smaller than on the disk
+    if (uncut := built.loaded.uncut_parameters) is not None and "teacher" in models:  # it is smaller than on the disk
+        of_disk = {name: rows["teacher"][name] for name in ("bytes", "saved_as")}
+        rows["whole_teacher"] = dict.fromkeys(rows["student"]) | of_disk | {"parameters": uncut}
         saved = None if is_adapted(models["teacher"]) else saved_dtype(folders["teacher"])  # an adapter has its own
         dtype = saved or models["teacher"].dtype
         rows["teacher"]["bytes"] = rows["teacher"]["parameters"] * dtype.itemsize
@@ -271,12 +274,12 @@ def _scores(built: BuiltRun, students: Mapping[str, Path], of: _Measured) -> rec
     if (text := built.teacher.alignment_stats(of.rows)) is not None:
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] * text.tokens / max(1, text.bytes) / math.log(2)
-    if of.whole is not None:  # the text is the same: its loss is divided by the tokens of the others
+    if of.whole_bits is not None:  # the text is the same: its loss is divided by the tokens of the others
         # Rows of a rehearsal may be the end token alone.
         nats = math.log(2) * max(1, of.bytes) / max(1, quality["student"].tokens)
+        rows["whole_teacher"]["loss"] = of.whole_bits * nats
         for row in rows.values():
             row["bits_per_byte"] = row["loss"] / nats
-        rows["whole_teacher"] = dict.fromkeys(rows["student"]) | {**of.whole, "loss": of.whole["bits_per_byte"] * nats}
     return records.ScoresByModel(**{name: records.ModelScores(**row) for name, row in rows.items()})
 
 

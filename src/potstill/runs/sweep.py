@@ -271,8 +271,8 @@ def _summarize(done: Sequence[Point], limits: tradeoff.Limits) -> dict[str, Any]
 def _teacher(summary: dict[str, Any]) -> dict[str, Any]:
     """The teacher of a run, with all its tokens; its loss is for one token of the run's student."""
     rows = summary["rows"]
-    teacher = rows.get("whole_teacher") or rows.get("teacher") or {}
-    return {**teacher, "bytes_per_token": _bytes_per_token(summary)}
+    whole = {name: value for name, value in (rows.get("whole_teacher") or {}).items() if value is not None}
+    return {**(rows.get("teacher") or {}), **whole, "bytes_per_token": _bytes_per_token(summary)}
 
 
 def _bytes_per_token(summary: dict[str, Any]) -> float:

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,13 +22,11 @@ from potstill.errors import RecipeError
 from potstill.evaluate.held_out import measure_rows, text_bytes
 from potstill.evaluate.quality import logits_in_parts, outputs_at
 from potstill.evaluate.sequence import measure
-from potstill.evaluate.speed import bytes_on_disk
 from potstill.evaluate.time_limit import TimeLimit
 from potstill.losses.alignment import causal_alignment
 from potstill.models.chat import set_chat_template
 from potstill.models.heads import class_ids
 from potstill.models.placement import is_spread, move
-from potstill.models.precision import describe_precision
 from potstill.models.split import evaluation_mode, split_model
 from potstill.models.trimming import KEY, check_rows, choose_tokens, trim_model, trim_tokenizer
 from potstill.runs.config.run import Recipe
@@ -119,6 +116,7 @@ def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tup
         rows = _held_out(recipe, kept.whole)
         bits = bits_per_byte(loaded.model, rows, kept.whole)
         share = kept_share(loaded.model, rows, kept)
+    parameters = loaded.model.num_parameters()
     trim_model(loaded.model, kept.ids)
     if recipe.task == "causal":
         note += (
@@ -126,12 +124,13 @@ def trim_teacher(recipe: Recipe, loaded: LoadedTeacher, kept: KeptTokens) -> tup
             f"bits a byte with them, and {bits:.3f} with all, on the first held-out rows. It gave the others "
             f"{1 - share:.2%} of its probability; its targets are renormalized without them."
         )
-    return replace(loaded, tokenizer=kept.tokenizer, config=copy.deepcopy(loaded.model.config)), note
+    config = copy.deepcopy(loaded.model.config)
+    return replace(loaded, tokenizer=kept.tokenizer, config=config, uncut_parameters=parameters), note
 
 
-def measure_whole_teacher(
+def bits_per_byte_of_whole_teacher(
     recipe: Recipe, num_rows: int, max_length: int, limit: TimeLimit, on_rows: Callable[[int, int], None]
-) -> dict[str, Any]:
+) -> float:
     """Measure the teacher as it is on the disk, with all its tokens, on the first held-out rows of max_length tokens.
 
     A rehearsal has short rows of the kept tokens, but none of all, and prompts do not fit into the length of its own.
@@ -144,12 +143,8 @@ def measure_whole_teacher(
     options: dict[str, Any] = {"max_length": max_length, "limit": limit, "on_rows": on_rows}
     quality, rows = measure_rows(recipe.task, None, {"whole": model}, rows, loaded.tokenizer, **options)
     whole: Any = quality["whole"]
-    return {
-        "bits_per_byte": whole.loss * whole.tokens / math.log(2) / max(1, text_bytes(rows, loaded.tokenizer)),
-        "parameters": model.num_parameters(),
-        "bytes": bytes_on_disk(Path(str(recipe.teacher.model_path)), model),
-        "saved_as": describe_precision(Path(str(recipe.teacher.model_path))),
-    }
+    bits: float = whole.loss * whole.tokens / math.log(2)
+    return bits / max(1, text_bytes(rows, loaded.tokenizer))
 
 
 def bits_per_byte(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -24,6 +24,7 @@ class LoadedTeacher:
     model: PreTrainedModel | None = None  # where one process can run and measure it
     config: PretrainedConfig | None = None  # where known: a designed student's is derived from it
     models: Mapping[str, PreTrainedModel] = field(default_factory=dict)  # all that run here, by their key in the recipe
+    uncut_parameters: int | None = None  # before its vocabulary was cut, where it was
     live: Teacher | None = None  # beside a cache, the teacher for what the cache does not hold
 
 

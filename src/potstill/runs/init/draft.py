@@ -238,7 +238,9 @@ def _student(
     if request.adapter:
         raise UserError("init: expected --student with --adapter, got none. An adapter needs a trained model.")
     units = _fewer_units(teacher)
-    design = dict(request.budget) or units or _fewer_layers(teacher)
+    design: dict[str, Any] = dict(request.budget) or units or _fewer_layers(teacher)
+    if request.budget and teacher.keeps_attention:
+        design.setdefault("keep", "attention")
     student: dict[str, Any] = {"design": design}
     if teacher.can_initialize:
         student["initialize"] = "prune" if request.budget or units else "copy"
@@ -317,7 +319,9 @@ def _embedding(request: DraftRequest) -> dict[str, Any]:
     columns = None
     if request.data is not None:
         source = Source(request.data)
-        columns = inspection.find_columns(source, locate(source).columns, "encoder", request.columns)
+        rows = locate(source)
+        given = request.columns
+        columns = inspection.find_columns(source, rows.columns, rows.first, "encoder", given, has_template=False)
     return {
         "vectors": vectors,
         "columns": columns,

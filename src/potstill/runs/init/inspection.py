@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from potstill.data.batches import encode
 from potstill.data.columns import choose_columns, recognise
+from potstill.data.conversations import read_messages
 from potstill.data.locate import locate
 from potstill.data.sources import Source, SourceKind
 from potstill.errors import DataError, ModelError
@@ -40,6 +41,7 @@ class ModelInfo(NamedTuple):
     max_length: int  # of a row, in tokens
     parameters: int
     can_initialize: bool = False  # whether a student of the same family can start from its weights
+    keeps_attention: bool = False  # such a student has its heads and width, as of OLMo 2
 
 
 def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
@@ -51,8 +53,9 @@ def inspect_model(path: str, key: str, task: Task | None = None) -> ModelInfo:
     max_length = min(limits, default=2048)  # 10^30 means no limit
     info = ModelInfo(config, tokenizer, _task(config, path, key, task), max_length, model.num_parameters())
     with suppress(ModelError):
-        find_mixture(model) or find_structure(model)
-        info = info._replace(can_initialize=True)
+        structure = find_mixture(model) or find_structure(model)
+        whole = getattr(structure, "whole_attention", False)
+        info = info._replace(can_initialize=True, keeps_attention=whole)
     return info
 
 
@@ -119,6 +122,7 @@ SAMPLE_CHARACTERS = 20_000  # of a plain text, which may be a whole book
 # Usual names of columns, by preference, for each column key of a recipe.
 TEXTS = ("text", "content", "document", "body", "sentence", "sentence1", "text1", "premise")
 PAIRS = ("text_pair", "sentence2", "text2", "hypothesis")
+PROMPTS = ("prompt", "question", "instruction", "query", "problem")
 LABELS = ("label", "labels", "class", "score", "target")
 
 
@@ -135,10 +139,23 @@ class RowSample(NamedTuple):
     kind: SourceKind = "text"
 
 
-def find_columns(source: Source, names: Sequence[str], task: Task, given: Mapping[str, str]) -> dict[str, Any]:
+def find_columns(
+    source: Source,
+    names: Sequence[str],
+    first: Callable[[str], Any],
+    task: Task,
+    given: Mapping[str, str],
+    *,
+    has_template: bool,
+) -> dict[str, Any]:
     """Choose what a task reads, by the names of columns, as keys of a Source.
 
-    `given` has the columns that the user named; only sequence-level tasks add others.
+    A `text` beside a conversation, or a question and its answer, is the same in the template of whoever wrote the file:
+    a model with a chat template reads the conversation. Of preference pairs the chosen answer is read.
+
+    Args:
+        first: gives the value of a column in the first row.
+        given: the columns that the user named; only sequence-level tasks add others.
     """
     if task in SEQUENCE_TASKS:
         usual = {"field": TEXTS, "pair": PAIRS, "label": LABELS}
@@ -152,10 +169,17 @@ def find_columns(source: Source, names: Sequence[str], task: Task, given: Mappin
     text, flags = first_of(TEXTS, names), "--field"
     ways: list[dict[str, Any]] = [{"field": text}] if text else []
     if task in TOKEN_TASKS:
-        own_names = _own_names(names)
-        usual_ways = recognise(names) or [_renamed(way, own_names) for way in recognise([*own_names])]
-        ways += [way for way in usual_ways if way not in ways]
+        conversations = _conversations([name for name in names if name != text], first)
+        if task == "causal" and text is not None and text.casefold() == "text" and len(conversations) == 1:
+            ways = conversations if has_template else ways
+        else:
+            ways += [way for way in _conversations(names, first) if way not in ways]
         flags = "--field, --messages, or --prompt with --completion"
+        if not ways and task == "causal" and len(names) == 1 and names[0].casefold() in PROMPTS:
+            raise DataError(
+                f"data: expected texts or answers in {source.title}, got prompts alone, {names[0]}. Let the teacher "
+                f"answer them with a recipe of --kind generate, or read them as text with --field {names[0]}."
+            )
     if not ways and len(names) == 1:
         ways = [{"field": names[0]}]
     if len(ways) != 1:
@@ -164,13 +188,27 @@ def find_columns(source: Source, names: Sequence[str], task: Task, given: Mappin
     return ways[0] | ({"weight": "weight"} if weighted else {})
 
 
+def _conversations(names: Sequence[str], first: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """The ways to read columns of usual names, capitals or not; else the chosen answer of preference pairs."""
+    own_names = _own_names(names)
+    ways = recognise(names) or [_renamed(way, own_names) for way in recognise([*own_names])]
+    if ways or not {"chosen", "rejected"} <= own_names.keys():
+        return ways
+    chosen, prompt = own_names["chosen"], first_of(PROMPTS, names)
+    messages = first(chosen)
+    if isinstance(messages, list) and messages and read_messages(messages)[0]["role"] != "assistant":
+        return [{"messages": chosen}]
+    return [{"prompt": (prompt,), "completion": chosen, "chat": None}] if prompt else []
+
+
 def sample_rows(
     source: Source, given: Mapping[str, Any], teacher: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> RowSample:
     """Read and encode the first rows of a source as a run does, with the student's tokenizer."""
     location = locate(replace(source, limit=SAMPLE_ROWS + 1))
-    columns = find_columns(source, location.columns, teacher.task, given)
     has_template = tokenizer.chat_template is not None
+    names, first = location.columns, location.first
+    columns = find_columns(source, names, first, teacher.task, given, has_template=has_template)
     if "prompt" in columns:
         columns = _as_chat(columns) if has_template and teacher.task == "causal" else _as_text(columns)
     named = replace(source, **columns)
