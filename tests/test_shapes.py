@@ -559,6 +559,9 @@ def test_data_sets_on_the_hub(tmp_path):
 
 
 def test_init_names_the_weights_of_rows(tmp_path):
-    source = Source(tmp_path / "rows.jsonl")
-    assert find_columns(source, ["messages", "weight"], "causal", {}) == {"messages": "messages", "weight": "weight"}
-    assert find_columns(source, ["text", "weight"], "causal", {}) == {"field": "text"}
+    def found(*names):
+        source = Source(tmp_path / "rows.jsonl")
+        return find_columns(source, names, dict.fromkeys(names).get, "causal", {}, has_template=True)
+
+    assert found("messages", "weight") == {"messages": "messages", "weight": "weight"}
+    assert found("text", "weight") == {"field": "text"}
