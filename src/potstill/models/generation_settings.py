@@ -26,18 +26,21 @@ def make_savable(config: GenerationConfig) -> None:
 
     A temperature, top_p or similar beside `do_sample: false` has an effect in vLLM: it gets one in transformers too.
     """
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        if config.pad_token_id is not None and config.pad_token_id < 0:
-            config.pad_token_id = None
-        if config.num_beams in (None, 1):
-            config.early_stopping = config.length_penalty = None
-    else:
+    if _is_savable(config):
         return
-    try:
-        config.validate(strict=True)
-    except ValueError:
+    if config.pad_token_id is not None and config.pad_token_id < 0:
+        config.pad_token_id = None
+    if config.num_beams in (None, 1):
+        config.early_stopping = config.length_penalty = None
+    if not _is_savable(config):
         config.do_sample = True
         if config.temperature == 0:  # greedy
             config.temperature, config.top_k = None, 1
+
+
+def _is_savable(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
